@@ -1,0 +1,350 @@
+"""What an agent tries, and what is answered: the values that every enforcer, the monitor and the log share.
+
+An :class:`Action` is one attempt. It says what (``kind`` and ``subject``) and who (``origin``), as an enforcer saw it
+at a place that the agent cannot go around. The answer is a :class:`Decision`. Nothing here knows where actions come
+from or who decides.
+
+All values are immutable and hashable, so that equal subjects can share one judgement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+
+
+class Verdict(IntEnum):
+    """The answers, from mildest to hardest. Several are combined by their maximum, so adding one never widens."""
+
+    ALLOW = 0
+    ASK = 1
+    """Held until a person answers; no answer in time means no."""
+    DENY = 2
+    KILL = 3
+    """The attempt is denied and its sandbox ends."""
+
+
+class Kind(Enum):
+    """What can be tried. A refused system call is ``KERNEL``; its subject names the call."""
+
+    PROCESS_EXEC = "process.exec"
+    FILE_OPEN = "file.open"
+    FILE_RENAME = "file.rename"
+    FILE_UNLINK = "file.unlink"
+    FILE_LINK = "file.link"
+    FILE_CHMOD = "file.chmod"
+    NET_SOCKET = "net.socket"
+    NET_CONNECT = "net.connect"
+    NET_BIND = "net.bind"
+    NET_LISTEN = "net.listen"
+    NET_SEND = "net.send"
+    NET_RESOLVE = "net.resolve"
+    HTTP_REQUEST = "http.request"
+    MODEL_CALL = "model.call"
+    DATA_QUERY = "data.query"
+    KERNEL = "kernel"
+    SANDBOX_SNAPSHOT = "sandbox.snapshot"
+    SANDBOX_RESTORE = "sandbox.restore"
+    SANDBOX_FORK = "sandbox.fork"
+    SANDBOX_APPLY = "sandbox.apply"
+    SANDBOX_DISCARD = "sandbox.discard"
+
+
+# ---- subjects: what exactly ----
+
+
+class Transport(Enum):
+    """What carries a connection."""
+
+    TCP = "tcp"
+    UDP = "udp"
+    UNIX = "unix"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An address in the sandbox's network, or a Unix socket.
+
+    ``address`` is the canonical text of an IP address (IPv4-mapped IPv6 as IPv4, no zone), or ``""``. ``name`` is the
+    DNS name for which this address was handed out, or that was asked for, in canonical form (see
+    :mod:`corral.policy.names`). ``path`` is a Unix socket: absolute inside the sandbox, ``@name`` for an abstract one,
+    ``""`` for an unnamed one. ``protocol`` is what is spoken (``tls``, ``ssh``, ...), where an enforcer knows.
+    """
+
+    transport: Transport
+    address: str = ""
+    port: int = 0
+    name: str | None = None
+    path: str = ""
+    protocol: str | None = None
+    protected: bool = False
+    """Only a rule that names this address allows it: it is private, special, or the host's own."""
+
+    def __str__(self) -> str:
+        if self.transport is Transport.UNIX:
+            return self.path or "an unnamed socket"
+        host = self.name or (f"[{self.address}]" if ":" in self.address else self.address)
+        return f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Socket:
+    """A kind of socket that was asked for (socket(2), socketpair(2))."""
+
+    family: int
+    type: int
+    protocol: int
+
+    def __str__(self) -> str:
+        return f"family {self.family}, type {self.type}, protocol {self.protocol}"
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A program that is to run: ``path`` is the file itself, links resolved, as the sandbox names it."""
+
+    path: str
+    argv: tuple[str, ...] = ()
+    """Bounded: see ``truncated``."""
+    truncated: bool = False
+    interpreter: str = ""
+    """The program that runs a script (its ``#!`` line), links resolved."""
+    digest: str = ""
+    """SHA-256 of the content in hexadecimal, or empty where it could not be read."""
+    interpreter_digest: str = ""
+    """The same of a script's interpreter, where it is no script itself and the policy has rules about programs."""
+
+    def __str__(self) -> str:
+        return " ".join((self.path, *self.argv[1:]))  # the name that argv claims is the caller's word
+
+
+class Access(Enum):
+    """What is wanted of a file."""
+
+    READ = "read"
+    WRITE = "write"
+    """Anything that changes content, name or metadata."""
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file by its resolved path inside the sandbox; ``other`` is the second name of a rename or link."""
+
+    path: str
+    access: Access
+    other: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.path} -> {self.other}" if self.other else self.path
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCall:
+    """A system call that the table refuses. ``reason`` is the table's, ``errno`` what the caller gets."""
+
+    name: str
+    errno: int
+    reason: str
+    quiet: bool = False
+    """Programs try this as a matter of course and go on without it: recorded, but not told to the agent."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """An HTTP request to a named host."""
+
+    endpoint: Endpoint
+    method: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.endpoint}{self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCall:
+    """A question to a model."""
+
+    model: str
+
+    def __str__(self) -> str:
+        return self.model
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A query of a named data source: ``statement`` is select, insert, ...; ``tables`` all that it touches."""
+
+    source: str
+    statement: str
+    tables: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.statement} {', '.join(self.tables)} of {self.source}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One of the sandbox's own verbs, with what it is about (paths of an apply, the name of a snapshot)."""
+
+    names: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ", ".join(self.names)
+
+
+Subject = Endpoint | Socket | Program | File | KernelCall | Request | ModelCall | Query | Verb
+
+
+# ---- who ----
+
+
+@dataclass(frozen=True, slots=True)
+class Ancestor:
+    """A process that the actor descends from, as it was when it was first seen."""
+
+    pid: int
+    """Inside the sandbox."""
+    exe: str
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """The process that acts."""
+
+    pid: int
+    """Outside: of the thread group, in the supervisor's PID namespace."""
+    inner_pid: int
+    """Inside: what the agent sees."""
+    started: int
+    """Clock ticks after boot (proc(5), stat, field 22): with ``pid`` it names one process for ever."""
+    exe: str
+    argv: tuple[str, ...] = ()
+    ancestors: tuple[Ancestor, ...] = ()
+    """From the parent outwards, the sandbox's first process left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where an action comes from."""
+
+    sandbox: str
+    session: str
+    step: int = 0
+    """The step it belongs to; 0 where none is open."""
+    exec: int = 0
+    """The exec whose command this process descends from; 0 where that is not one of ours."""
+    process: Process | None = None
+
+
+# ---- the attempt and the answer ----
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One thing that an agent tries."""
+
+    kind: Kind
+    subject: Subject
+    origin: Origin
+
+    @property
+    def name(self) -> str:
+        """The kind as rules and records name it: ``net.connect``, ``kernel.mount``."""
+        return f"kernel.{self.subject.name}" if isinstance(self.subject, KernelCall) else self.kind.value
+
+    def __str__(self) -> str:
+        subject = "" if isinstance(self.subject, KernelCall) else f" {self.subject}"
+        return f"{self.name}{subject}"
+
+
+@dataclass(frozen=True, slots=True)
+class Opinion:
+    """What one part of the monitor says of an action."""
+
+    verdict: Verdict
+    rule: str
+    """Where it is written: ``network.deny[2]``, ``network (nothing allows it)``."""
+    reason: str = ""
+    """One sentence that a person and a model understand."""
+    advice: str = ""
+    """What to do instead, in the same words."""
+    private: bool = False
+    """The rule and its reason are not for the agent: it is told only that it may not."""
+    asked: tuple[str, ...] = ()
+    """Where the verdict is ASK: all rules that ask; none stands for ``rule`` alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """An action with what was decided. ``count`` is above 1 where equal decisions in a row make one record."""
+
+    action: Action
+    verdict: Verdict
+    rule: str
+    reason: str
+    advice: str
+    decider: str
+    """The part of the monitor that decided: policy, behaviour, risk, autonomy, approvals, or monitor for its faults; or
+    enforcer, where what it saw itself was worse."""
+    number: int
+    """Of this decision in its session, from 1."""
+    at: float
+    """Seconds since the epoch."""
+    private: bool = False
+    count: int = 1
+    held: float = 0.0
+    """Seconds for which the action was held."""
+    answered_by: str = field(default="")
+    """Who answered an ``ask``."""
+    asked: tuple[str, ...] = ()
+    """All rules that asked, as in the opinion; the answer was to all of them. Not recorded."""
+
+    @property
+    def allowed(self) -> bool:
+        return self.verdict is Verdict.ALLOW
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A connection, or the sending of a datagram, that was let through and is on its way to another enforcer."""
+
+    transport: Transport
+    local: tuple[bytes, int]
+    """The caller's own address (4 or 16 bytes; IPv4-mapped as IPv4) and port."""
+    remote: tuple[bytes, int]
+    """Where to, as the kernel was told."""
+    decision: Decision
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """One connection that went out, or was to: what it was when it ended. It is an account, not a decision."""
+
+    origin: Origin
+    endpoint: Endpoint
+    """Name, port, protocol as recognised, and the address that was dialled (``""`` where none was)."""
+    rule: str
+    """What let it through."""
+    started: float
+    """Seconds since the epoch."""
+    seconds: float
+    """How long it lived."""
+    bytes_up: int = 0
+    """From the sandbox, as far as they were sent on."""
+    bytes_down: int = 0
+    packets_up: int = 0
+    """TCP segments with data on the outer connection (tcp_info)."""
+    packets_down: int = 0
+    tls_name: str = ""
+    """The server name of the client's hello."""
+    ja4: str = ""
+    """Fingerprint of the client's hello."""
+    certificate: str = ""
+    """SHA-256 of the server's certificate in hexadecimal, where it could be seen."""
+    intercepted: bool = False
+    close: str = ""
+    """Why it ended."""
