@@ -1,0 +1,313 @@
+"""Decisions as JSON lines: one object a decision, for people with tools and for `corral policy learn`.
+
+The fields are those of :class:`~corral.actions.Decision` without ``asked``; ``action`` is the name of the action
+(``net.connect``, ``kernel.mount``), ``subject`` and ``origin`` hold the fields of their values, and verdicts are words.
+``version`` is that of this format; it changes with the fields. A line has at most :data:`MAX_LINE` bytes: what is too
+long is cut, and ``cut`` names the fields in which something was.
+
+Everything is ASCII; JSON escapes what could move a cursor. Bytes of paths that are no UTF-8 are lone surrogates, as in
+:func:`os.fsdecode`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from functools import cache
+from math import isfinite
+from types import UnionType
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from corral.actions import (
+    Action,
+    Decision,
+    Endpoint,
+    File,
+    Flow,
+    KernelCall,
+    Kind,
+    ModelCall,
+    Origin,
+    Program,
+    Query,
+    Request,
+    Socket,
+    Subject,
+    Verb,
+    Verdict,
+)
+from corral.diskspace import spare_bytes
+from corral.errors import CorralError, RequestError
+
+VERSION = 2
+FLOW = "flow"
+"""The ``kind`` of lines that are no decisions, but accounts of connections that are over."""
+MAX_LINE = 2 * 1024 * 1024
+"""Bytes of a line, its end included."""
+MAX_FILE = 1 << 30
+"""Bytes of a file: what an agent can make of a record is bounded."""
+MAX_RECORDS = 1_000_000
+"""Records that are read of one file."""
+_TEXT = 4096
+"""Characters of one text: what a path can have."""
+_MANY = 256
+"""Entries of one list."""
+_WORDS = 16 * 1024
+"""Characters of all texts of one list together."""
+_PORTION = 16 << 20
+"""Bytes that are written before the free space is looked at again."""
+
+_SUBJECTS: dict[Kind, type[Any]] = {
+    Kind.PROCESS_EXEC: Program,
+    Kind.NET_SOCKET: Socket,
+    Kind.HTTP_REQUEST: Request,
+    Kind.MODEL_CALL: ModelCall,
+    Kind.DATA_QUERY: Query,
+    Kind.KERNEL: KernelCall,
+}
+_FAMILIES: dict[str, type[Any]] = {"file": File, "net": Endpoint, "sandbox": Verb}
+
+
+class Record(NamedTuple):
+    """One line of a file."""
+
+    line: int
+    decision: Decision
+    cut: frozenset[str]
+    """Fields (``subject``, ``origin``, ...) that are not exactly what was there: something in them was too long."""
+
+
+# ---- writing ----
+
+
+class RecordFull(CorralError):
+    """No more decisions can be recorded: the file, or the disk that it lies on, has reached its bound."""
+
+
+class JsonLines:
+    """A sink that writes to a file descriptor, each decision with one write(2) where the file takes it whole.
+
+    An agent decides how much there is to record, so the file has at most ``limit`` bytes, and its file system keeps
+    what :mod:`corral.diskspace` says. A line that would not fit is not begun, and ends the sandbox (I3).
+    """
+
+    def __init__(self, fd: int, *, limit: int | None = None) -> None:
+        """``limit`` is in bytes, :data:`MAX_FILE` where none is given. Raises OSError, or RecordFull at once."""
+        self._fd = fd
+        self._limit = MAX_FILE if limit is None else limit
+        self._written = os.fstat(fd).st_size
+        self._spare = 0
+        self._lock = threading.Lock()  # flows are told of by another thread than decisions
+        self._look(MAX_LINE)
+
+    def write(self, decision: Decision) -> None:
+        """As :class:`corral.monitor.records.Sink`. Raises RecordFull, or OSError where it cannot be written."""
+        self._write(encode(decision))
+
+    def flow(self, flow: Flow) -> None:
+        """As :class:`corral.monitor.records.Account`. Raises RecordFull, or OSError where it cannot be written."""
+        self._write(encode_flow(flow))
+
+    def _write(self, line: bytes) -> None:
+        with self._lock:
+            if self._written + len(line) > self._limit:
+                raise RecordFull(f"the record has reached its {self._limit} bytes")
+            if self._spare < len(line):
+                self._look(len(line))
+            self._written += len(line)
+            self._spare -= len(line)
+            rest = memoryview(line)
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+
+    def _look(self, needed: int) -> None:
+        self._spare = min(spare_bytes(self._fd), _PORTION)  # soon again: others write there too
+        if self._spare < needed:
+            raise RecordFull("the record would leave its disk with less than 1 GiB or 5 % free; make room there")
+
+
+def encode(decision: Decision) -> bytes:
+    """The line of a decision."""
+    action = decision.action
+    values: dict[str, object] = {
+        "version": VERSION,
+        "number": decision.number,
+        "at": decision.at,
+        "action": action.name,
+        "kind": action.kind.value,
+        "verdict": decision.verdict.name.lower(),
+        "rule": decision.rule,
+        "reason": decision.reason,
+        "advice": decision.advice,
+        "decider": decision.decider,
+        "private": decision.private,
+        "count": decision.count,
+        "held": decision.held,
+        "answered_by": decision.answered_by,
+        "subject": action.subject,
+        "origin": action.origin,
+    }
+    cut = []
+    for name, value in values.items():
+        values[name], whole = _plain(value)
+        if not whole:
+            cut.append(name)
+    values["cut"] = cut
+    return json.dumps(values, separators=(",", ":"), allow_nan=False).encode("ascii") + b"\n"
+
+
+def encode_flow(flow: Flow) -> bytes:
+    """The line of a flow: its fields, and ``kind`` ``flow``."""
+    plain, whole = _plain(flow)
+    values = {"version": VERSION, "kind": FLOW, **plain, "cut": [] if whole else [FLOW]}
+    return json.dumps(values, separators=(",", ":"), allow_nan=False).encode("ascii") + b"\n"
+
+
+@cache
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))
+
+
+def _plain(value: Any) -> tuple[Any, bool]:
+    """The value as JSON has it, bounded, and whether that is all of it."""
+    if isinstance(value, str):
+        return value[:_TEXT], len(value) <= _TEXT
+    if isinstance(value, Enum):
+        return value.value, True
+    if isinstance(value, tuple):
+        return _list(value)
+    if is_dataclass(value):
+        kind: Any = type(value)
+        members = {name: _plain(getattr(value, name)) for name in _names(kind)}
+        return {name: plain for name, (plain, _) in members.items()}, all(whole for _, whole in members.values())
+    return value, True
+
+
+def _list(values: tuple[Any, ...]) -> tuple[list[Any], bool]:
+    found: list[Any] = []
+    left, all_whole = _WORDS, len(values) <= _MANY
+    for value in values[:_MANY]:
+        plain, whole = _plain(value)
+        left -= len(str(plain))
+        if left < 0:
+            return found, False
+        found.append(plain)
+        all_whole = all_whole and whole
+    return found, all_whole
+
+
+# ---- reading ----
+
+
+def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:
+    """The records of a file, in their order.
+
+    Raises:
+        RequestError: the file cannot be read, or is not what :class:`JsonLines` writes; the message names the line.
+    """
+    name = os.fspath(path)
+    try:
+        with open(name, "rb") as file:
+            number = 0
+            while line := file.readline(MAX_LINE):
+                number += 1
+                try:
+                    if number > MAX_RECORDS:
+                        raise ValueError(f"more than {MAX_RECORDS} records")
+                    if is_flow(line):
+                        continue
+                    record = Record(number, *decode(line))
+                except (ValueError, RecursionError) as error:
+                    raise RequestError(f"{name}:{number}: not a record: {error}") from None
+                yield record
+    except OSError as error:
+        raise RequestError(f"{name}: cannot read the record: {error.strerror}") from None
+
+
+def flow_fields(flow: Flow) -> dict[str, Any]:
+    """The fields of a flow as JSON has them, bounded."""
+    fields_of: dict[str, Any] = _plain(flow)[0]
+    return fields_of
+
+
+def flow_of(values: object) -> Flow:
+    """The flow of such fields. Raises ValueError (or RecursionError)."""
+    flow: Flow = _value(Flow, values)
+    return flow
+
+
+def is_flow(line: bytes) -> bool:
+    """Whether a line is the account of a flow; what else it is, :func:`decode` says."""
+    return line.startswith(b'{"version":%d,"kind":"%s",' % (VERSION, FLOW.encode()))
+
+
+def decode(line: bytes) -> tuple[Decision, frozenset[str]]:
+    """The decision of a line, and which of its fields were cut. Raises ValueError (or RecursionError)."""
+    if not line.endswith(b"\n"):
+        raise ValueError("the line is too long, or has no end (was its writer stopped?)")
+    values = json.loads(line.decode("ascii"), object_pairs_hook=_unique, parse_constant=_refuse)
+    if not isinstance(values, dict):
+        raise ValueError("it is no object")
+    if values.pop("version", None) != VERSION:
+        raise ValueError(f"it is not of version {VERSION}")
+    cut = frozenset(_value(tuple[str, ...], values.pop("cut", None)))
+    name = _value(str, values.pop("action", None))
+    kind = _value(Kind, values.pop("kind", None))
+    subject: Subject = _value(_subject_type(kind), values.pop("subject", None))
+    action = Action(kind, subject, _value(Origin, values.pop("origin", None)))
+    word = values.get("verdict")
+    if word not in ("allow", "ask", "deny", "kill"):
+        raise ValueError("its verdict is none")
+    values["verdict"] = Verdict[word.upper()]
+    if name != action.name[:_TEXT]:
+        raise ValueError("its action is not that of its subject")
+    return _value(Decision, values, action=action, asked=()), cut
+
+
+def _subject_type(kind: Kind) -> type[Any]:
+    return _SUBJECTS.get(kind) or _FAMILIES[kind.value.partition(".")[0]]
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is given twice")
+    return found
+
+
+def _refuse(constant: str) -> object:
+    raise ValueError(f"{constant} is no number")
+
+
+@cache
+def _hints(kind: type[Any]) -> Mapping[str, Any]:
+    return get_type_hints(kind)
+
+
+def _value(wanted: Any, given: Any, **known: object) -> Any:
+    """``given`` as a value of the type ``wanted``, nothing converted that the writer would not have written so."""
+    if get_origin(wanted) in (Union, UnionType):
+        (other,) = (each for each in get_args(wanted) if each is not type(None))
+        return None if given is None else _value(other, given)
+    if get_origin(wanted) is tuple:
+        if not isinstance(given, list) or len(given) > _MANY:
+            raise ValueError("a list is none, or too long")
+        return tuple(_value(get_args(wanted)[0], each) for each in given)
+    if isinstance(wanted, type) and is_dataclass(wanted):
+        if not isinstance(given, dict) or given.keys() != _hints(wanted).keys() - known.keys():
+            raise ValueError(f"its {wanted.__name__.lower()} has other fields than it must")
+        return wanted(**{name: _value(_hints(wanted)[name], each) for name, each in given.items()}, **known)
+    if wanted is float and type(given) in (int, float):
+        number = float(given)
+        if not isfinite(number):
+            raise ValueError("a number is too large")
+        return number
+    if isinstance(wanted, type) and issubclass(wanted, Enum):
+        return given if type(given) is wanted else wanted(given)
+    if type(given) is not wanted:
+        raise ValueError(f"{repr(given)[:40]} is not of type {wanted.__name__}")
+    return given

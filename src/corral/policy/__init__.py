@@ -1,0 +1,1 @@
+"""What a person wrote: the policy. ``model`` holds the values, ``load`` reads YAML."""

@@ -1,0 +1,46 @@
+"""A policy file laid over the policy that it starts from.
+
+One rule: what can only tighten is added to, and everything else is replaced. So nothing that a profile denies, asks
+for, watches or detects can be lost by inheriting from it, and nothing that it opens stays open unseen once a file says
+what is open.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from corral.policy.fields import Strict
+from corral.policy.model import Policy
+from corral.policy.notation import Rule
+from corral.policy.schema import PolicyFile
+
+ADDED = frozenset({"deny", "ask", "watch", "rules"})
+"""Lists whose entries are added to those of the profile; all of them can only tighten."""
+_OF_THE_FILE = frozenset({"version", "profile", "allow_degraded"})
+
+
+def merged(base: Policy, file: PolicyFile) -> Policy:
+    """``base`` with what ``file`` says. ``allow_degraded`` is never inherited: weakness is said where it is used."""
+    sections = {
+        name: _section(getattr(base, name), getattr(file, name)) for name in file.model_fields_set - _OF_THE_FILE
+    }
+    return replace(base, **sections, allow_degraded=frozenset(file.allow_degraded))
+
+
+def _section(base: Any, given: Strict) -> Any:
+    changes: dict[str, Any] = {}
+    for name in given.model_fields_set:
+        value = _value(getattr(given, name))
+        if name in ADDED:
+            value = tuple(dict.fromkeys((*getattr(base, name), *value)))
+        changes[name] = value
+    return replace(base, **changes)
+
+
+def _value(given: Any) -> Any:
+    if isinstance(given, tuple):
+        return tuple(dict.fromkeys(each.value() if isinstance(each, Rule) else each for each in given))
+    if isinstance(given, dict):
+        return tuple(given.items())
+    return given

@@ -1,0 +1,327 @@
+"""The policy as immutable values, with its defaults.
+
+This module imports nothing heavy: `corral run` without a policy file never pays for pydantic or YAML
+(those live in :mod:`corral.policy.load`, the edge where files are read and checked).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from corral.actions import Verdict
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+
+DEFAULT_ENVIRONMENT = ("TERM", "COLORTERM", "LANG", "LANGUAGE", "LC_*", "TZ", "NO_COLOR")
+
+
+class Degradation(Enum):
+    """A wall that a policy may do without, by name. Nothing is ever weakened that is not listed."""
+
+    LANDLOCK = "landlock"
+
+
+@dataclass(frozen=True, slots=True)
+class Agent:
+    """Whom this policy is for. Every record names it (I10)."""
+
+    name: str = "agent"
+    version: str = "0"
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What a rule says for itself beside its pattern."""
+
+    reason: str = ""
+    """Why; shown to the agent when the rule refuses something."""
+    advice: str = ""
+    """What to do instead; shown to the agent."""
+    private: bool = False
+    """The agent is told neither the rule nor its reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filesystem:
+    """What the sandbox sees of the host beside its system trees and its workspace, and what is looked at closer."""
+
+    read: tuple[str, ...] = ()
+    """Absolute host paths (files or directories) shown read-only, at their own place."""
+    write: tuple[str, ...] = ()
+    """Absolute host directories shown at their own place, whose changes go to the layer."""
+    deny: tuple[str, ...] = ()
+    """Absolute paths that are absent inside, whatever else shows them."""
+    ask: tuple[str, ...] = ()
+    """Globs of absolute paths inside; opening, renaming, ... one of them is held until somebody answers."""
+    watch: tuple[str, ...] = ()
+    """Globs of absolute paths inside; every such action is recorded."""
+
+
+class Permit(Enum):
+    """What a flow may do only where its rule says so, because it hides or changes what is spoken."""
+
+    CONNECT = "connect"
+    """HTTP CONNECT: the server opens a further connection, to wherever the client says."""
+    ECH = "ech"
+    """A TLS hello whose inner name is encrypted."""
+    H2C = "h2c"
+    """HTTP/2 in clear, from the start or by upgrade."""
+    NO_SNI = "no-sni"
+    """A TLS hello without a server name."""
+    STARTTLS = "starttls"
+    """TLS that begins in the middle of a plain protocol."""
+    UPGRADE = "upgrade"
+    """HTTP upgrades other than the two that have their own word."""
+    WEBSOCKET = "websocket"
+
+
+class CredentialKind(Enum):
+    """How a credential is put into a request."""
+
+    BASIC = "basic"
+    """``Authorization: Basic``, of ``user`` and the secret."""
+    BEARER = "bearer"
+    """``Authorization: Bearer``."""
+    GIT = "git"
+    """As ``BASIC``, as git over HTTPS wants it; the user is ``x-access-token`` where none is given."""
+    HEADER = "header"
+    """A header of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """Where a secret is found outside, and how it is put into requests. The secret itself is in no policy."""
+
+    kind: CredentialKind
+    source: str
+    """``env:NAME``, a variable of the controlling process, or ``file:/absolute/path`` on the host."""
+    header: str = ""
+    """Name of the header in lower case; of ``HEADER`` only."""
+    user: str = ""
+    """Of ``BASIC`` and ``GIT`` only."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRule:
+    """HTTP requests, by method and path."""
+
+    methods: tuple[str, ...] = ()
+    """Upper case, sorted; none means any."""
+    path: str = "/**"
+    """A glob of the path, decoded and without its query: see :mod:`corral.policy.requests`."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlowLimits:
+    """Upper bounds for the flows of one rule. ``None`` means no bound."""
+
+    connections: int = 256
+    """Flows at one time."""
+    up: int | None = None
+    """Bytes that one flow may send."""
+    down: int | None = None
+    """Bytes that one flow may receive."""
+    idle: float = 3600.0
+    """Seconds without a byte in either direction."""
+    dial: float = 10.0
+    """Seconds until a connection to the outside stands."""
+    header: int = 64 * KIB
+    """Bytes of one HTTP head, where requests are looked at."""
+    body: int | None = None
+    """Bytes of one HTTP body, where requests are looked at."""
+    session_up: int | None = None
+    """Bytes that all flows of the rule together may send in one session."""
+    session_down: int | None = None
+    """Bytes that they may receive."""
+
+
+ANY_NAME = "*"
+"""Every name. No policy file may say this; a run that learns does (`corral run --net learn`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkRule:
+    """A set of destinations: all that is given must hold. At least one of name and network is given.
+
+    ``name`` is canonical, and ``*.name`` means every name below it, not the name itself. ``network`` is an IP network
+    in canonical text (``192.0.2.0/24``). ``ports`` are inclusive ranges; none means any port. ``protocol`` is what is
+    spoken, one of ``corral.policy.rules.PROTOCOLS``; None means TLS, and HTTP except at port 443, where the rule
+    allows or asks, and everything where it denies.
+    """
+
+    name: str | None = None
+    network: str | None = None
+    ports: tuple[tuple[int, int], ...] = ()
+    protocol: str | None = None
+    note: Note = field(default_factory=Note)
+    permit: tuple[Permit, ...] = ()
+    """Sorted by word. Of allow and ask only, as all that follows but ``requests``."""
+    intercept: bool = False
+    """TLS ends at the gateway, which looks at the requests within. ``requests`` and ``credential`` mean that, too."""
+    requests: tuple[RequestRule, ...] = ()
+    """Which HTTP requests are meant; none means all."""
+    credential: Credential | None = None
+    """What the gateway adds to the requests."""
+    limits: FlowLimits = field(default_factory=FlowLimits)
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Destinations. What no rule names is denied, except the sandbox's own loopback."""
+
+    allow: tuple[NetworkRule, ...] = ()
+    ask: tuple[NetworkRule, ...] = ()
+    deny: tuple[NetworkRule, ...] = ()
+    loopback: Verdict = Verdict.ALLOW
+    """Connections between programs of the sandbox, where no rule names them: IP loopback and Unix sockets."""
+    listen: Verdict = Verdict.ALLOW
+    """Binding and listening, in the sandbox's own network."""
+    resolvers: tuple[str, ...] = ()
+    """DNS servers that the host asks, in this order, in place of its own: ``192.0.2.1:53``, ``[2001:db8::1]:53``."""
+    proxy: str | None = None
+    """The HTTP proxy through which everything is dialled (by CONNECT): ``http://192.0.2.1:3128``."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExecRule:
+    """Programs by their resolved path inside (a glob) and, optionally, their arguments.
+
+    ``argv`` are globs, one an argument from the program's name on; a last ``**`` stands for any number of arguments.
+    """
+
+    path: str
+    argv: tuple[str, ...] | None = None
+    note: Note = field(default_factory=Note)
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """Which programs may be run. What no rule names is denied."""
+
+    allow: tuple[ExecRule, ...] = (ExecRule("/**"),)
+    ask: tuple[ExecRule, ...] = ()
+    deny: tuple[ExecRule, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Syscalls:
+    """System calls, by name, that are judged beside those that the table refuses for every sandbox."""
+
+    ask: tuple[str, ...] = ()
+    deny: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRule:
+    """Models by a glob of their name."""
+
+    name: str
+    note: Note = field(default_factory=Note)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Which models may be asked. What no rule names is denied."""
+
+    allow: tuple[ModelRule, ...] = ()
+    ask: tuple[ModelRule, ...] = ()
+    deny: tuple[ModelRule, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DataRule:
+    """Queries of one source: statements (``select``, ...; none means any) over tables (globs; none means any)."""
+
+    source: str
+    statements: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    note: Note = field(default_factory=Note)
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Which data may be queried. What no rule names is denied; an allow must cover every table of a query."""
+
+    allow: tuple[DataRule, ...] = ()
+    ask: tuple[DataRule, ...] = ()
+    deny: tuple[DataRule, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Approvals:
+    """How a held action is answered."""
+
+    timeout: float = 300.0
+    """Seconds until no answer means no."""
+    freeze: bool = False
+    """Freeze the whole sandbox while one of its actions is held."""
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """Behaviour rules."""
+
+    rules: tuple[str, ...] = ()
+    """Absolute host paths of rule files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Autonomy:
+    """How much this agent version may do without asking."""
+
+    level: int = 0
+    """0: nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """Upper bounds for the whole sandbox. ``None`` means no bound."""
+
+    cpu: float | None = None
+    """Processors, as a number: 1.5 is one and a half."""
+    memory: int = 4 * GIB
+    """Bytes of memory, swap off; what is written to files counts here too, see ``disk``."""
+    processes: int = 1024
+    """Processes and threads."""
+    open_files: int = 4096
+    """Open files of one process."""
+    disk: int = 2 * GIB
+    """Bytes of all changes to files together; the layer is held in memory while the sandbox lives."""
+    inodes: int = 262_144
+    """Number of files, directories and links that all changes together may hold."""
+    wall_time: float | None = None
+    """Seconds from start to forced end."""
+    output: int = 10 * MIB
+    """Bytes kept of each captured stream of one exec; the rest is dropped and marked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """Which variables of the caller pass in, and which are set."""
+
+    allow: tuple[str, ...] = DEFAULT_ENVIRONMENT
+    """Names, or prefixes ending in ``*``."""
+    set: tuple[tuple[str, str], ...] = ()
+    """Name and value pairs, stronger than ``allow``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """One policy. The defaults are the built-in policy."""
+
+    agent: Agent = field(default_factory=Agent)
+    filesystem: Filesystem = field(default_factory=Filesystem)
+    network: Network = field(default_factory=Network)
+    process: Processes = field(default_factory=Processes)
+    syscalls: Syscalls = field(default_factory=Syscalls)
+    resources: Resources = field(default_factory=Resources)
+    environment: Environment = field(default_factory=Environment)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    approvals: Approvals = field(default_factory=Approvals)
+    detection: Detection = field(default_factory=Detection)
+    autonomy: Autonomy = field(default_factory=Autonomy)
+    allow_degraded: frozenset[Degradation] = frozenset()

@@ -1,0 +1,359 @@
+"""The policy as a part of the monitor: one action in, one opinion out.
+
+The same order for every kind of action: what a ``deny`` names is denied; of the rest, what an ``ask`` names is asked
+for; of the rest, what an ``allow`` names is allowed; and what no rule names is denied. A deny or an ask holds for what
+it *may* name, an allow for what it surely names (see :mod:`corral.policy.matching`). So the order of rules does not
+matter, and one more deny never makes a verdict milder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+from corral.actions import (
+    Action,
+    Endpoint,
+    File,
+    KernelCall,
+    Kind,
+    ModelCall,
+    Opinion,
+    Program,
+    Query,
+    Request,
+    Socket,
+    Subject,
+    Transport,
+    Verb,
+    Verdict,
+)
+from corral.policy.destinations import UNHEARD, Destinations
+from corral.policy.matching import Models, Paths, Programs, Queries, packed_address
+from corral.policy.model import NetworkRule, Note, Policy
+from corral.policy.terms import Terms, combined, credentials
+
+MAX_CACHED = 1024
+"""Judgements that are kept; then all are forgotten."""
+MAX_CACHED_PATH = 1024
+"""Characters of a path; with a longer one a judgement is not kept. That of a request may have 16 KiB."""
+
+_IPV4_LOOPBACK, _IPV6_LOOPBACK = bytes((127, 0, 0, 1)), bytes(15) + b"\x01"
+_UNSPECIFIED = {bytes(4): _IPV4_LOOPBACK, bytes(16): _IPV6_LOOPBACK}
+"""Connecting to an unspecified address reaches the host itself: ip(7), and tcp_v4_connect() in the kernel."""
+_RESOLVER_PORT = 53
+RESOLVER_RULE = "built-in: queries go to the gateway"
+"""Whatever address a DNS query is sent to, the gateway gets it and judges the name."""
+_STAY = "Do not retry or look for another way; work with what is in the sandbox, or ask the person to allow it."
+_STAY_REFUSED = "Do not retry or look for another way; work with what is in the sandbox."
+_NONE = Note()
+_FILES = frozenset(kind for kind in Kind if kind.value.startswith("file."))
+_VERBS = frozenset(kind for kind in Kind if kind.value.startswith("sandbox."))
+
+
+class Match(NamedTuple):
+    """One rule that names an action."""
+
+    verdict: Verdict
+    rule: str
+    note: Note = _NONE
+
+
+class Judgement(NamedTuple):
+    """The opinion of an action, and all rules that name it."""
+
+    opinion: Opinion
+    matches: tuple[Match, ...]
+
+
+def _listed(verdict: Verdict, field: str, found: Iterable[int], rules: Sequence[object]) -> list[Match]:
+    return [Match(verdict, f"{field}[{index}]", getattr(rules[index], "note", _NONE)) for index in found]
+
+
+def _cut(subject: object, limit: int = 200) -> str:
+    text = str(subject)
+    return f"{text[:limit]}..." if len(text) > limit else text
+
+
+def _judged(matches: list[Match], section: str, doing: str) -> Judgement:
+    """The hardest match decides; of several the first that is written. ``doing`` is what a refusal says."""
+    if not matches:
+        reason = f"This sandbox may not {doing}: no rule of its policy allows it."
+        return Judgement(Opinion(Verdict.DENY, f"{section} (nothing allows it)", reason, _STAY), ())
+    first = max(matches, key=lambda match: match.verdict)
+    reason, advice = first.note.reason, first.note.advice
+    if first.verdict is Verdict.ASK:
+        reason = reason or f"This sandbox must ask before it may {doing}."
+        advice = advice or _STAY_REFUSED
+    elif first.verdict is not Verdict.ALLOW:
+        reason = reason or f"This sandbox may not {doing}: its policy denies it."
+        advice = advice or _STAY
+    asked = tuple(match.rule for match in matches if match.verdict is first.verdict is Verdict.ASK)
+    return Judgement(Opinion(first.verdict, first.rule, reason, advice, first.note.private, asked), tuple(matches))
+
+
+class _Place:
+    """Where a destination is."""
+
+    __slots__ = ("endpoint", "inside", "named", "reached")
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.named = packed_address(endpoint.address) if endpoint.address else None
+        self.reached = self.named if self.named is None else _UNSPECIFIED.get(self.named, self.named)
+        reached = self.reached
+        loopback = reached is not None and (reached == _IPV6_LOOPBACK or (len(reached) == 4 and reached[0] == 127))
+        self.inside = loopback and not endpoint.protected
+        """The sandbox's own loopback; a protected one is the host's."""
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether ``network.loopback`` is about it. No name that is handed out inside has such an address: behind one
+        it would be the host's."""
+        return self.inside and self.endpoint.name is None
+
+    @property
+    def is_resolver(self) -> bool:
+        """Whether this is a DNS server that was named by its address, before anybody heard what is spoken there."""
+        return (
+            self.endpoint.port == _RESOLVER_PORT
+            and self.named is not None
+            and not self.inside
+            and self.endpoint.name is None
+            and self.endpoint.protocol is None
+            and not self.endpoint.protected
+        )
+
+
+class PolicyPart:
+    """Judges by one policy. Rules are compiled when a first action needs them. May be used from several threads."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self._cache: dict[tuple[str, Hashable], Opinion] = {}
+
+    def judge(self, action: Action) -> Opinion:
+        """As :class:`corral.monitor.parts.Part`."""
+        kind = action.kind
+        key: tuple[str, Hashable] = (kind._value_, action.subject)
+        if kind is Kind.PROCESS_EXEC and isinstance(action.subject, Program):
+            if not self._by_path_alone:  # arguments may be long, and are seldom the same
+                return self.explain(kind, action.subject).opinion
+            key = (kind._value_, (action.subject.path, action.subject.interpreter))
+        opinion = self._cache.get(key)
+        if opinion is None:
+            opinion = self.explain(kind, action.subject).opinion
+            if len(getattr(action.subject, "path", "")) <= MAX_CACHED_PATH:
+                if len(self._cache) >= MAX_CACHED:
+                    self._cache.clear()
+                self._cache[key] = opinion
+        return opinion
+
+    def explain(self, kind: Kind, subject: Subject) -> Judgement:
+        """The same, with all rules that name it."""
+        if kind in _FILES and isinstance(subject, File):
+            return _judged(self._file(subject), "filesystem", f"{subject.access.value} {_cut(subject)}")
+        if kind in _VERBS and isinstance(subject, Verb):
+            verdict = Verdict.ASK if kind is Kind.SANDBOX_APPLY else Verdict.ALLOW
+            doing = f"{kind.value.removeprefix('sandbox.')} {_cut(subject)}".rstrip()
+            return _judged([Match(verdict, "built-in")], "built-in", doing)
+        match kind, subject:
+            case Kind.NET_CONNECT, Endpoint():
+                return _judged(self._connection(subject), "network", f"connect to {_cut(subject)}")
+            case Kind.NET_SEND, Endpoint():
+                return _judged(self._connection(subject), "network", f"send to {_cut(subject)}")
+            case Kind.HTTP_REQUEST, Request():
+                return _judged(self._request(subject), "network", f"send the request {_cut(subject)}")
+            case Kind.NET_RESOLVE, Endpoint():
+                return _judged(self._name(subject.name), "network", f"look up {_cut(subject.name)}")
+            case ((Kind.NET_BIND | Kind.NET_LISTEN), Endpoint()):
+                listen = Match(self.policy.network.listen, "network.listen")
+                return _judged([listen], "network", f"serve at {_cut(subject)}")
+            case Kind.NET_SOCKET, Socket():
+                return _refused(Match(Verdict.DENY, "syscalls"), f"This kind of socket is refused here: {subject}.")
+            case Kind.KERNEL, KernelCall():
+                return self._kernel(subject)
+            case Kind.PROCESS_EXEC, Program():
+                return _judged(self._program(subject), "process", f"run {_cut(subject.path)}")
+            case Kind.MODEL_CALL, ModelCall():
+                return _judged(self._model(subject), "model", f"ask the model {_cut(subject)}")
+            case Kind.DATA_QUERY, Query():
+                return _judged(self._query(subject), "data", f"query: {_cut(subject)}")
+        return _judged([], "policy", "do what its policy has no words for")
+
+    # ---- destinations ----
+
+    @cached_property
+    def _networks(self) -> tuple[Destinations, Destinations, Destinations]:
+        network = self.policy.network
+        return (
+            Destinations(network.allow),
+            Destinations(network.ask, ask=True),
+            Destinations(network.deny, deny=True),
+        )
+
+    def _connection(self, endpoint: Endpoint) -> list[Match]:
+        network = self.policy.network
+        loopback = Match(network.loopback, "network.loopback")
+        if endpoint.transport is Transport.UNIX:
+            return [loopback]
+        place = _Place(endpoint)
+        deny, ask, allow = self._found(place)
+        if not place.inside:
+            # Rules about some requests: those are judged one by one, so the connection for them must be possible.
+            deny = [index for index in deny if not network.deny[index].requests]
+            reachable = [index for index in ask if network.ask[index].requests]
+            ask = [index for index in ask if not network.ask[index].requests]
+        else:  # nobody looks at requests here, so each may be one of them
+            reachable = []
+            allow = [index for index in allow if not network.allow[index].requests]
+        denied = _listed(Verdict.DENY, "network.deny", deny, network.deny)
+        if place.is_resolver and (network.allow or network.ask):
+            return [*denied, Match(Verdict.ALLOW, RESOLVER_RULE)]
+        matches = [
+            *denied,
+            *_listed(Verdict.ASK, "network.ask", ask, network.ask),
+            *_listed(Verdict.ALLOW, "network.allow", allow, network.allow),
+            *_listed(Verdict.ALLOW, "network.ask", reachable, network.ask),
+        ]
+        return [loopback] if place.is_loopback and not matches else matches
+
+    def _request(self, request: Request) -> list[Match]:
+        network, endpoint = self.policy.network, request.endpoint
+        if endpoint.transport is Transport.UNIX:
+            return [Match(network.loopback, "network.loopback")]
+        place = _Place(endpoint)
+        deny, ask, allow = self._found(place, request)
+        matches = [
+            *_listed(Verdict.DENY, "network.deny", deny, network.deny),
+            *_listed(Verdict.ASK, "network.ask", ask, network.ask),
+            *_listed(Verdict.ALLOW, "network.allow", allow, network.allow),
+        ]
+        rules = [*(network.ask[index] for index in ask), *(network.allow[index] for index in allow)]
+        if len(credentials(rules, endpoint.protocol)) > 1:
+            note = Note("The rules that name this request would put different credentials into it.")
+            matches.append(Match(Verdict.DENY, "network (several credentials)", note))
+        return [Match(network.loopback, "network.loopback")] if place.is_loopback and not matches else matches
+
+    def _found(self, place: _Place, request: Request | None = None) -> tuple[list[int], list[int], list[int]]:
+        """The rules of deny, ask and allow that name it."""
+        endpoint = place.endpoint
+        allow, ask, deny = self._networks
+        hard = []
+        for list_ in (deny, ask):
+            found = set(list_.all(endpoint, place.reached, protocol=endpoint.protocol, request=request))
+            if place.named != place.reached:
+                found.update(list_.all(endpoint, place.named, protocol=endpoint.protocol, request=request))
+            hard.append(sorted(found))
+        # Outside there is only the gateway, which asks again when it hears what is spoken. Inside nobody listens.
+        spoken = UNHEARD if place.inside and endpoint.protocol is None else endpoint.protocol
+        return hard[0], hard[1], allow.all(endpoint, place.reached, protocol=spoken, request=request)
+
+    def terms(self, subject: Endpoint | Request) -> Terms:
+        """On what terms the gateway lets it through, if it is let through: see :class:`~corral.policy.terms.Terms`.
+
+        Of a request these may be others than of its connection; the limits are the connection's.
+        """
+        request = subject if isinstance(subject, Request) else None
+        endpoint = subject.endpoint if isinstance(subject, Request) else subject
+        if endpoint.transport is Transport.UNIX:
+            return Terms()
+        _, ask, allow = self._found(_Place(endpoint), request)
+        deny, _, _ = self._found(_Place(endpoint))
+        network = self.policy.network
+        named: list[tuple[str, NetworkRule]] = [(f"network.ask[{index}]", network.ask[index]) for index in ask]
+        named += [(f"network.allow[{index}]", network.allow[index]) for index in allow]
+        return combined(named, (network.deny[index] for index in deny), endpoint.protocol)
+
+    def _name(self, name: str | None) -> list[Match]:
+        """What may be reached may be looked up, also where the connection will have to be asked for."""
+        allow, ask, deny = self._networks
+        network = self.policy.network
+        return [
+            *_listed(Verdict.DENY, "network.deny", deny.naming(name, wholly=True), network.deny),
+            *_listed(Verdict.ALLOW, "network.ask", ask.naming(name, wholly=False), network.ask),
+            *_listed(Verdict.ALLOW, "network.allow", allow.naming(name, wholly=False), network.allow),
+        ]
+
+    # ---- programs and files ----
+
+    @cached_property
+    def _by_path_alone(self) -> bool:
+        """Whether no rule about programs looks at arguments."""
+        process = self.policy.process
+        return all(rule.argv is None for rule in (*process.allow, *process.ask, *process.deny))
+
+    @cached_property
+    def _programs(self) -> tuple[Programs, Programs, Programs]:
+        process = self.policy.process
+        return Programs(process.allow), Programs(process.ask), Programs(process.deny)
+
+    def _program(self, program: Program) -> list[Match]:
+        allow, ask, deny = self._programs
+        process = self.policy.process
+        return [
+            *_listed(Verdict.DENY, "process.deny", deny.all(program, certain=False), process.deny),
+            *_listed(Verdict.ASK, "process.ask", ask.all(program, certain=False), process.ask),
+            *_listed(Verdict.ALLOW, "process.allow", allow.all(program, certain=True), process.allow),
+        ]
+
+    @cached_property
+    def _paths(self) -> tuple[Paths, Paths]:
+        return Paths(self.policy.filesystem.ask), Paths(self.policy.filesystem.watch)
+
+    def _file(self, file: File) -> list[Match]:
+        ask, watch = self._paths
+        filesystem = self.policy.filesystem
+        return [
+            *_listed(Verdict.ASK, "filesystem.ask", ask.all(file.path, file.other), filesystem.ask),
+            *_listed(Verdict.ALLOW, "filesystem.watch", watch.all(file.path, file.other), filesystem.watch),
+            # What may be read and written at all is not decided here: mounts and Landlock hold it.
+            Match(Verdict.ALLOW, "filesystem"),
+        ]
+
+    # ---- system calls ----
+
+    def _kernel(self, call: KernelCall) -> Judgement:
+        syscalls = self.policy.syscalls
+        why = f"The system call {call.name} is refused here: {call.reason or 'the policy denies it'}."
+        if call.name in syscalls.deny:
+            return _refused(Match(Verdict.DENY, f"syscalls.deny[{syscalls.deny.index(call.name)}]"), why)
+        if call.name in syscalls.ask:
+            asked = Match(Verdict.ASK, f"syscalls.ask[{syscalls.ask.index(call.name)}]")
+            return _judged([asked], "syscalls", f"make the system call {call.name}")
+        return _refused(Match(Verdict.DENY, "syscalls"), why)
+
+    # ---- models and data ----
+
+    @cached_property
+    def _models(self) -> tuple[Models, Models, Models]:
+        model = self.policy.model
+        return Models(model.allow), Models(model.ask), Models(model.deny)
+
+    def _model(self, call: ModelCall) -> list[Match]:
+        allow, ask, deny = self._models
+        model = self.policy.model
+        return [
+            *_listed(Verdict.DENY, "model.deny", deny.all(call.model), model.deny),
+            *_listed(Verdict.ASK, "model.ask", ask.all(call.model), model.ask),
+            *_listed(Verdict.ALLOW, "model.allow", allow.all(call.model), model.allow),
+        ]
+
+    @cached_property
+    def _queries(self) -> tuple[Queries, Queries, Queries]:
+        data = self.policy.data
+        return Queries(data.allow), Queries(data.ask), Queries(data.deny)
+
+    def _query(self, query: Query) -> list[Match]:
+        allow, ask, deny = self._queries
+        data = self.policy.data
+        return [
+            *_listed(Verdict.DENY, "data.deny", deny.all(query, certain=False), data.deny),
+            *_listed(Verdict.ASK, "data.ask", ask.all(query, certain=False), data.ask),
+            *_listed(Verdict.ALLOW, "data.allow", allow.all(query, certain=True), data.allow),
+        ]
+
+
+def _refused(match: Match, reason: str) -> Judgement:
+    return Judgement(Opinion(match.verdict, match.rule, reason, _STAY), (match,))
