@@ -1,0 +1,402 @@
+"""The commands of `corral`, for typer. Each does one thing by asking the package; none decides anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any, ParamSpec
+
+import typer
+
+from corral.cli.foreground import complain, printable
+from corral.cli.options import RUN_OPTIONS, Arguments
+from corral.errors import CorralError, RequestError
+
+EXAMPLES = """
+Examples:
+
+  corral run -- bash                         a shell in the current directory, contained
+  corral run -w ~/project -- pytest          the project's own tests; your files stay as they are
+  corral run --user root -- apt-get install -y ./tool.deb
+  corral diff                                what the last run changed
+  corral policy explain exec /usr/bin/ssh    what a policy says of it, by which rule, and why
+  corral pending; corral approve ID          what is held until you answer; your answer
+  corral ps; corral exec ID -- ps aux        look into a sandbox that runs elsewhere
+  corral doctor                              what this machine offers and what is missing
+"""
+
+RUN_EXAMPLES = """
+Examples:
+
+  corral run -- python3 untrusted.py
+  corral run -w ~/project --memory 2GiB --wall-time 15m -- make test
+  corral run --service 8080=127.0.0.1:3000 -- curl http://127.0.0.1:8080/
+  corral run --env API_URL=http://127.0.0.1:8080 --discard -- ./agent
+  corral run --policy policy.yaml --record run.jsonl -- ./agent
+"""
+
+P = ParamSpec("P")
+
+
+def _paragraph(examples: str) -> str:
+    """Examples for a help text, whose lines stay as they are."""
+    return examples.replace("\n\n  ", "\n\n\b\n  ")
+
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Run AI agents, and anything else that is not to be trusted, inside walls that hold.\n\n"
+    + _paragraph(EXAMPLES),
+)
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from corral import __version__
+
+        typer.echo(f"corral {__version__}")
+        raise typer.Exit
+
+
+def _guarded(function: Callable[P, None]) -> Callable[P, None]:
+    """Corral's own errors become one line and their exit code; nothing ends in a traceback that a user could mend."""
+
+    @wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except CorralError as error:
+            complain(str(error))
+            raise typer.Exit(error.exit_code) from None
+        except BrokenPipeError:
+            sys.stderr.close()  # nobody reads any more: no second complaint at exit
+            raise typer.Exit(141) from None
+
+    return guarded
+
+
+@_guarded
+def _run(**given: Any) -> None:
+    from corral.cli.run import run
+
+    command = given.pop("command")
+    by_name = {name.replace("_", "-"): value for name, value in given.items()}
+    many = {option.name for option in RUN_OPTIONS if option.many}
+    flags = {option.name for option in RUN_OPTIONS if not option.metavar}
+    arguments = Arguments(
+        {name: value for name, value in by_name.items() if name not in many | flags and value is not None},
+        {name: tuple(value) for name, value in by_name.items() if name in many and value},
+        frozenset(name for name, value in by_name.items() if name in flags and value),
+        tuple(command),
+    )
+    sys.exit(run(arguments))
+
+
+def _run_signature() -> inspect.Signature:
+    """The table of :mod:`corral.cli.options` as the parameters that typer reads a command's options from."""
+    parameters = []
+    for option in RUN_OPTIONS:
+        words = [f"--{option.name}", *([f"-{option.short}"] if option.short else [])]
+        if option.metavar:
+            kind: Any = list[str] | None if option.many else str | None
+            value = typer.Option(None, *words, metavar=option.metavar, help=option.help)
+        else:
+            kind, value = bool, typer.Option(False, *words, help=option.help)
+        parameters.append((option.name.replace("-", "_"), kind, value))
+    parameters.append(("command", list[str], typer.Argument(..., metavar="COMMAND")))
+    how = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Signature(
+        [inspect.Parameter(name, how, default=value, annotation=kind) for name, kind, value in parameters]
+    )
+
+
+_run.__signature__ = _run_signature()  # type: ignore[attr-defined]
+app.command(
+    "run",
+    context_settings={"allow_interspersed_args": False},
+    help="Run COMMAND in a new sandbox. Exit code: the command's; 125 for Corral's own errors, 126 when the walls "
+    "cannot be built, 137 when it was killed.\n\n" + _paragraph(RUN_EXAMPLES),
+    short_help="Run a command in a new sandbox.",
+)(_run)
+
+
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, default=str))
+
+
+@app.command("exec", context_settings={"allow_interspersed_args": False})
+@_guarded
+def _exec(
+    sandbox: Annotated[str, typer.Argument(metavar="ID", help="Id of a live sandbox, or its beginning.")],
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND")],
+    user: Annotated[str | None, typer.Option("--user", "-u", help="agent, root, or a number.")] = None,
+    directory: Annotated[str | None, typer.Option("--directory", "-d", help="Where to start, inside.")] = None,
+    env: Annotated[list[str] | None, typer.Option("--env", "-e", metavar="NAME=VALUE")] = None,
+    terminal: Annotated[bool, typer.Option("--terminal", "-t", help="Give it a terminal.")] = False,
+    no_terminal: Annotated[bool, typer.Option("--no-terminal", "-T", help="Give it pipes.")] = False,
+) -> None:
+    """Run a command in a sandbox that runs elsewhere."""
+    from corral.cli.attach import attach
+
+    wanted = True if terminal else False if no_terminal else None
+    if command[0] == "--":  # options end at ID; writing it all the same is a habit
+        del command[0]
+    if not command:
+        raise RequestError("no command was given")
+    sys.exit(attach(sandbox, command, env=env or (), directory=directory, user=user, terminal=wanted))
+
+
+@app.command("ps")
+@_guarded
+def _ps(as_json: _Json = False) -> None:
+    """List the live sandboxes of this user."""
+    from corral.sandbox.registry import list_sandboxes
+
+    entries = list_sandboxes()
+    if as_json:
+        _print_json([dataclasses.asdict(entry) for entry in entries])
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("ID", "PID", "STATE", "AGE", "WORKSPACE", "COMMAND"):
+        table.add_column(title, no_wrap=title != "COMMAND")
+    for entry in entries:
+        age = f"{time.time() - entry.started_at:.0f} s"
+        cells = (entry.id, str(entry.pid), entry.state, age, entry.workspace, entry.label)
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    Console().print(table)
+
+
+def _one_verb(sandboxes: list[str], verb: str) -> None:
+    from corral.sandbox.registry import find_sandbox
+
+    for name in sandboxes:
+        connection, entry = find_sandbox(name)
+        try:
+            connection.socket.settimeout(30)
+            connection.ask({"verb": verb, "id": entry.id})
+        finally:
+            connection.close()
+
+
+_Ids = Annotated[list[str], typer.Argument(metavar="ID", help="Ids of live sandboxes, or their beginnings.")]
+
+
+@app.command("kill")
+@_guarded
+def _kill(sandboxes: _Ids) -> None:
+    """End sandboxes with everything in them, at once."""
+    _one_verb(sandboxes, "kill")
+
+
+@app.command("freeze")
+@_guarded
+def _freeze(sandboxes: _Ids) -> None:
+    """Stop every process of sandboxes where it is."""
+    _one_verb(sandboxes, "freeze")
+
+
+@app.command("thaw")
+@_guarded
+def _thaw(sandboxes: _Ids) -> None:
+    """Let frozen sandboxes go on."""
+    _one_verb(sandboxes, "thaw")
+
+
+@app.command("net")
+@_guarded
+def _net(
+    sandbox: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="Id of a live sandbox, or its beginning [default: all].")
+    ] = None,
+    as_json: _Json = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on, and print it every second.")] = False,
+) -> None:
+    """Show what goes through the gateway now."""
+    from corral.cli.net import show_flows, watch_flows
+
+    (watch_flows if watch else show_flows)(sandbox, as_json=as_json)
+
+
+@app.command("pending")
+@_guarded
+def _pending(
+    as_json: _Json = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on, and print what comes.")] = False,
+) -> None:
+    """List the actions that are held until you answer."""
+    from corral.cli.pending import show_pending, watch_pending
+
+    (watch_pending if watch else show_pending)(as_json=as_json)
+
+
+_Held = Annotated[list[str], typer.Argument(metavar="ID", help="Ids of held actions; `corral pending` lists them.")]
+_Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why: recorded; a denial tells the agent.")]
+
+
+@app.command("approve")
+@_guarded
+def _approve(
+    held: _Held,
+    session: Annotated[bool, typer.Option("--session", help="For every equal action of the session, too.")] = False,
+    reason: _Reason = "",
+) -> None:
+    """Let held actions happen."""
+    from corral.actions import Verdict
+    from corral.approvals.queue import Scope
+    from corral.cli.pending import answer_all
+
+    sys.exit(answer_all(held, Verdict.ALLOW, scope=Scope.SESSION if session else Scope.ONCE, reason=reason))
+
+
+@app.command("deny")
+@_guarded
+def _deny(
+    held: _Held,
+    reason: _Reason = "",
+    kill: Annotated[bool, typer.Option("--kill", help="End the sandbox, too.")] = False,
+) -> None:
+    """Refuse held actions."""
+    from corral.actions import Verdict
+    from corral.cli.pending import answer_all
+
+    sys.exit(answer_all(held, Verdict.KILL if kill else Verdict.DENY, reason=reason))
+
+
+@app.command("diff")
+@_guarded
+def _diff(
+    layer: Annotated[str | None, typer.Argument(metavar="[ID]", help="A kept layer [default: the last one].")] = None,
+    workspace_only: Annotated[bool, typer.Option("--workspace-only", help="Leave home and system trees out.")] = False,
+    patch: Annotated[bool, typer.Option("--patch", help="Print the workspace's changes as a patch.")] = False,
+    list_all: Annotated[bool, typer.Option("--list", help="List the kept layers instead.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Show what a run has changed."""
+    from corral.cli.diff import list_layers_command, show_changes
+
+    if list_all:
+        list_layers_command(as_json=as_json)
+    else:
+        show_changes(layer, workspace_only=workspace_only, patch=patch, as_json=as_json)
+
+
+@app.command("discard")
+@_guarded
+def _discard(
+    layers: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Kept layers.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All kept layers.")] = False,
+) -> None:
+    """Drop kept changes."""
+    from corral.sandbox.layer import list_layers, open_layer
+
+    if not layers and not every:
+        raise RequestError("name the layers to discard, or --all; `corral diff --list` lists them")
+    for kept in list_layers() if every else [open_layer(name) for name in layers or ()]:
+        kept.discard()
+        typer.echo(f"discarded {kept.id}")
+
+
+policy_commands = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Check, explain, test and propose policies."
+)
+app.add_typer(policy_commands, name="policy")
+
+
+@policy_commands.command("check")
+@_guarded
+def _policy_check(
+    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Policy files.")], as_json: _Json = False
+) -> None:
+    """Read policies, and print their hashes, or all faults."""
+    from corral.cli.policy import check
+
+    sys.exit(check(files, as_json=as_json))
+
+
+_ACTIONS = "Such as `connect github.com:443` or `exec /usr/bin/git push`; docs/policy-commands.md has all forms."
+
+
+@policy_commands.command("explain", context_settings={"allow_interspersed_args": False})
+@_guarded
+def _policy_explain(
+    action: Annotated[list[str], typer.Argument(metavar="ACTION", help=_ACTIONS)],
+    policy: Annotated[
+        str | None, typer.Option("--policy", "-p", metavar="FILE", help="Policy file [default: the built-in policy].")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Say which rule decides an action, and why."""
+    from corral.cli.policy import explain
+
+    explain(policy, action, as_json=as_json)
+
+
+@policy_commands.command("test")
+@_guarded
+def _policy_test(policy: Annotated[str, typer.Argument(metavar="FILE")], as_json: _Json = False) -> None:
+    """Compare a policy with the expected verdicts beside it.
+
+    For FILE policy.yaml they are in policy.test.yaml. Exit code: 1 where a verdict is another."""
+    from corral.cli.policy import test
+
+    sys.exit(test(policy, as_json=as_json))
+
+
+@policy_commands.command("schema")
+@_guarded
+def _policy_schema() -> None:
+    """Print the JSON Schema of policy files, for editors."""
+    from corral.cli.policy import print_schema
+
+    print_schema()
+
+
+@policy_commands.command("learn")
+@_guarded
+def _policy_learn(
+    record: Annotated[str, typer.Argument(metavar="RECORD", help="What `corral run --record` has written.")],
+) -> None:
+    """Propose a policy from the record of a run.
+
+    It is no wider than what was used, and asks where something has consequences. Read it before you use it."""
+    from corral.cli.policy import learn
+
+    learn(record)
+
+
+@app.command("doctor")
+@_guarded
+def _doctor(as_json: _Json = False) -> None:
+    """Try every mechanism that the walls need.
+
+    Says what is missing on this machine, and what to do."""
+    from corral.cli.doctor import examine
+
+    sys.exit(examine(as_json=as_json))
+
+
+def main() -> int:
+    """Reads the words and runs what they name. Wrong words are an error of Corral's own: 125, never click's 2, which
+    would look like the command's."""
+    usage_error: Any = typer.BadParameter.__base__  # of typer's own click, or of the real one
+    try:
+        return int(app(prog_name="corral", standalone_mode=False) or 0)
+    except usage_error as error:
+        error.show()
+        return CorralError.exit_code

@@ -1,0 +1,371 @@
+"""``corral.Sandbox``: one contained place, for asyncio programs.
+
+    async with Sandbox(workspace="/path/to/project") as box:
+        result = await box.exec(["python3", "-m", "pytest"], timeout=60)
+        print(result.exit_code, result.text)
+
+The class is a thin face of :class:`corral.sandbox.core.Core`: it turns callbacks into awaitables and collects output.
+It belongs to the event loop in which it was started. :class:`corral.sandbox.sync.SyncSandbox` is the same for programs
+without one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from types import TracebackType
+from typing import TypeVar
+
+from corral.actions import Flow
+from corral.errors import CorralError, RequestError, SandboxClosed
+from corral.policy.model import Policy
+from corral.sandbox import registry
+from corral.sandbox.changes import Change, changes
+from corral.sandbox.core import Core, Exit, State
+from corral.sandbox.denials import stderr_line
+from corral.sandbox.files import READ_LIMIT, Download, FileInfo, Files
+from corral.sandbox.layer import KeptLayer, keep
+from corral.sandbox.limits import Rlimits
+from corral.sandbox.options import Listener, Options, user_id
+from corral.sandbox.ownership import owner_map
+from corral.sandbox.prepare import prepare
+from corral.sandbox.process import Process
+from corral.sandbox.results import ExecResult, Stats
+from corral.sandbox.stats import read_stats
+from corral.sandbox.streams import Collector, Feeder, make_pipe
+
+T = TypeVar("T")
+
+
+class Sandbox:
+    """A contained place to run commands in. Starts with :meth:`start` or ``async with``, ends with :meth:`close`.
+
+    ``workspace`` is shown copy-on-write at its own path; ``user`` is ``agent``, ``root`` (of the sandbox, without any
+    capability) or a number; ``root`` is an unpacked root file system to use instead of the host's system trees;
+    ``listeners`` are TCP ports inside that this process accepts on (see :attr:`listeners`). ``keep`` decides whether
+    changes outlive the sandbox as a layer (see :attr:`kept`).
+    """
+
+    def __init__(
+        self,
+        workspace: str | os.PathLike[str],
+        *,
+        policy: Policy | None = None,
+        user: str | int = "agent",
+        root: str | os.PathLike[str] | None = None,
+        listeners: Sequence[Listener] = (),
+        environment: Mapping[str, str] | None = None,
+        keep: bool = False,
+        label: str = "",
+    ) -> None:
+        self._options = Options(
+            workspace=os.fspath(workspace),
+            policy=policy or Policy(),
+            user=user_id(user),
+            root=None if root is None else os.fspath(root),
+            listeners=tuple(listeners),
+            environment=os.environ if environment is None else environment,
+            label=label,
+        )
+        self._keep = keep
+        self._core: Core | None = None
+        self._ended = asyncio.Event()
+        self._processes: set[Process] = set()
+        self.kept: KeptLayer | None = None
+        """The layer that was kept, once the sandbox is closed; None where nothing was changed."""
+
+    # ---- life ----
+
+    async def start(self) -> Sandbox:
+        """Builds the walls. Raises RequestError for options that cannot be met, WallError where walls cannot stand."""
+        if self._core is not None:
+            raise RequestError("this sandbox has been started already")
+        loop = asyncio.get_running_loop()
+        core = Core(prepare(self._options), loop)
+        ready: asyncio.Future[None] = loop.create_future()
+        core.when_ready(lambda error: _resolve(ready, error))
+        core.when_ended(self._ended.set)
+        self._core = core
+        try:
+            await ready
+        except BaseException:
+            core.kill("cancelled")
+            await asyncio.shield(self._ended.wait())
+            core.close_layer()
+            raise
+        registry.register(core, loop)
+        return self
+
+    async def close(self) -> None:
+        """Ends everything inside; keeps the changes where that was asked for. May be called again."""
+        core = self._core
+        if core is None or (core.state is State.ENDED and core.layer_fd < 0):
+            return
+        core.kill("closed")
+        await asyncio.shield(self._ended.wait())
+        for process in list(self._processes):
+            process.release()
+        self._processes.clear()
+        registry.unregister(core)
+        try:
+            if self._keep:
+                self.kept = await asyncio.to_thread(keep, core.prepared, core.layer_fd)
+        finally:
+            core.close_layer()
+
+    async def __aenter__(self) -> Sandbox:
+        return await self.start()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def wait_ended(self) -> str:
+        """Waits until the sandbox has ended, by whatever, and returns why."""
+        await self._ended.wait()
+        return self.core.end_reason
+
+    def kill(self, reason: str = "killed") -> None:
+        """Ends everything inside at once. May be called from any thread."""
+        self.core.kill(reason)
+
+    async def freeze(self) -> None:
+        """Stops every process where it is, until :meth:`thaw`; returns once the kernel says that all have stopped."""
+        self.core.freeze()
+        deadline = time.monotonic() + 10
+        while not self.core.frozen():
+            if time.monotonic() > deadline:
+                self.core.kill("it could not be frozen")
+                raise SandboxClosed("it could not be frozen")
+            await asyncio.sleep(0.001)
+
+    async def thaw(self) -> None:
+        """Lets every process go on."""
+        self.core.thaw()
+
+    # ---- commands ----
+
+    async def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        timeout: float | None = None,
+        env: Mapping[str, str] | None = None,
+        directory: str | None = None,
+        user: str | int | None = None,
+        limits: Rlimits | None = None,
+        check: bool = False,
+        on_stdout: Callable[[bytes], None] | None = None,
+        on_stderr: Callable[[bytes], None] | None = None,
+    ) -> ExecResult:
+        """Runs a command to its end and returns its output.
+
+        ``env`` is added to the sandbox's environment. ``timeout`` is in seconds; when it runs out, every process of the
+        command's session is killed and ``timed_out`` is set. ``limits`` are resource limits of its own, by
+        ``resource.RLIMIT_*`` (setrlimit(2)); they can only be below the sandbox's. ``on_stdout`` and ``on_stderr`` see
+        output as it comes.
+        Where it was refused something, stderr gets one more line, which says what and why (see
+        :class:`ExecResult`). Raises ExecError when it cannot be started, SandboxClosed when the sandbox ends meanwhile,
+        CommandFailed when ``check`` is set and it fails.
+        """
+        loop = asyncio.get_running_loop()
+        core = self.core
+        uid = self._outside(user)
+        limit = self._options.policy.resources.output
+        ended: asyncio.Future[Exit] = loop.create_future()
+        started = time.monotonic()
+        in_reader, in_writer = make_pipe(uid, uid)
+        out_reader, out_writer = make_pipe(uid, uid)
+        err_reader, err_writer = make_pipe(uid, uid)
+        try:
+            number = core.exec(
+                argv,
+                (in_reader, out_writer, err_writer),
+                lambda result: _set(ended, result),
+                env=self._environment(env, user),
+                directory=directory,
+                user=None if user is None else user_id(user),
+                limits=limits,
+            )
+        except BaseException:
+            for fd in (in_writer, out_reader, err_reader):
+                os.close(fd)
+            raise
+        finally:
+            for fd in (in_reader, out_writer, err_writer):
+                os.close(fd)
+        feeder = Feeder(loop, in_writer, stdin)
+        out = Collector(loop, out_reader, limit, on_stdout)
+        err = Collector(loop, err_reader, limit, on_stderr)
+        timed_out = False
+        try:
+            if timeout is None:
+                result = await ended
+            else:
+                try:
+                    result = await asyncio.wait_for(asyncio.shield(ended), timeout)
+                except TimeoutError:
+                    timed_out = True
+                    core.kill_session(number)
+                    result = await ended
+        except asyncio.CancelledError:
+            core.kill_session(number)
+            raise
+        finally:
+            feeder.close()
+            out.finish()
+            err.finish()
+        if result.error:
+            raise result.error
+        status = result.status
+        line = stderr_line(result.denials, result.denials_dropped, bytes(err.kept[-1:]))
+        if line and on_stderr:
+            on_stderr(line)
+        outcome = ExecResult(
+            exit_code=result.code,
+            signal=os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
+            stdout=bytes(out.kept),
+            stderr=bytes(err.kept) + line,
+            stdout_truncated=out.truncated,
+            stderr_truncated=err.truncated,
+            timed_out=timed_out,
+            usage=result.usage,
+            duration=time.monotonic() - started,
+            denials=result.denials,
+            denials_dropped=result.denials_dropped,
+        )
+        return outcome.check() if check else outcome
+
+    async def start_process(
+        self,
+        argv: Sequence[str],
+        *,
+        terminal: tuple[int, int] | None = None,
+        env: Mapping[str, str] | None = None,
+        directory: str | None = None,
+        user: str | int | None = None,
+        limits: Rlimits | None = None,
+    ) -> Process:
+        """Starts a command and returns at once. ``terminal`` is the (rows, columns) of a terminal to give it; the
+        others are as for :meth:`exec`."""
+        process = Process(self.core, self._processes.discard)
+        self._processes.add(process)
+        try:
+            await process.start(
+                argv,
+                terminal=terminal,
+                owner=self._outside(user),
+                env=self._environment(env, user),
+                directory=directory,
+                user=None if user is None else user_id(user),
+                limits=limits,
+            )
+        except BaseException:
+            self._processes.discard(process)
+            raise
+        return process
+
+    # ---- files ----
+
+    def files(self, user: str | int | None = None) -> Files:
+        """Access to files inside as ``user``; its methods are blocking calls. The caller closes it."""
+        outside = self._outside(user)
+        return Files(self.core.root_fd, outside, outside, inside=self.core.prepared.identity.inside)
+
+    async def _with_files(self, use: Callable[[Files], T]) -> T:
+        with closing(self.files()) as files:
+            return await asyncio.to_thread(use, files)
+
+    async def read_file(self, path: str, *, limit: int = READ_LIMIT) -> bytes:
+        """The content of a file inside, of at most ``limit`` bytes."""
+        return await self._with_files(lambda files: files.read(path, limit=limit))
+
+    async def write_file(self, path: str, data: bytes, *, mode: int = 0o644, parents: bool = False) -> None:
+        """Replaces a file inside, atomically."""
+        await self._with_files(lambda files: files.write(path, data, mode=mode, parents=parents))
+
+    async def upload(self, host_path: str | os.PathLike[str], path: str) -> None:
+        """Copies a file or tree of the host to a place inside."""
+        await self._with_files(lambda files: files.upload(host_path, path))
+
+    async def download(self, path: str, host_path: str | os.PathLike[str]) -> Download:
+        """Copies a file or tree from inside to a new place on the host; tells what was left out."""
+        return await self._with_files(lambda files: files.download(path, host_path))
+
+    async def list_files(self, path: str) -> list[FileInfo]:
+        """What a directory inside holds."""
+        return await self._with_files(lambda files: files.list(path))
+
+    async def changes(self) -> list[Change]:
+        """What has been changed since the start, compared with the host's files as they are now."""
+        core = self.core
+        if core.layer_fd < 0:
+            raise SandboxClosed(core.end_reason or "it is not running yet")
+        prepared = core.prepared
+        owners = owner_map(prepared.identity, os.stat(prepared.directory))
+        return await asyncio.to_thread(changes, prepared.view.parts, core.layer_fd, owners, prepared.view.scaffold)
+
+    # ---- looking ----
+
+    @property
+    def core(self) -> Core:
+        """The sandbox's core. Raises SandboxClosed before :meth:`start`."""
+        if self._core is None:
+            raise SandboxClosed("it has not been started")
+        return self._core
+
+    @property
+    def id(self) -> str:
+        """The sandbox's name."""
+        return self.core.prepared.id
+
+    @property
+    def state(self) -> State:
+        """Where the sandbox is in its life."""
+        return State.LAUNCHING if self._core is None else self._core.state
+
+    @property
+    def listeners(self) -> tuple[int, ...]:
+        """Descriptors of the listening sockets inside, in the order in which they were asked for; accept on them here.
+
+        They belong to the sandbox and are closed with it.
+        """
+        return self.core.listeners
+
+    async def stats(self) -> Stats:
+        """What the sandbox holds and has used. Raises SandboxClosed when it has ended."""
+        if self.state is State.ENDED:
+            raise SandboxClosed(self.core.end_reason)
+        return read_stats(self.core)
+
+    async def flows(self) -> list[Flow]:
+        """The connections that go on through the gateway. Raises SandboxClosed when it has ended."""
+        if self.state is State.ENDED:
+            raise SandboxClosed(self.core.end_reason)
+        egress = self.core.supervision.egress
+        return [] if egress is None else egress.live()
+
+    def _environment(self, env: Mapping[str, str] | None, user: str | int | None) -> dict[str, str]:
+        return self.core.environment(None if user is None else user_id(user)) | dict(env or {})
+
+    def _outside(self, user: str | int | None) -> int:
+        return self.core.prepared.identity.outside(self._options.user if user is None else user_id(user))
+
+
+def _resolve(future: asyncio.Future[None], error: CorralError | None) -> None:
+    if future.done():
+        return
+    if error:
+        future.set_exception(error)
+    else:
+        future.set_result(None)
+
+
+def _set(future: asyncio.Future[Exit], result: Exit) -> None:
+    if not future.done():
+        future.set_result(result)

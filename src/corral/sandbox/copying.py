@@ -1,0 +1,368 @@
+"""Copying a layer to disk: exactly its files, and nothing that could do harm there.
+
+What is never stored: setuid and setgid bits, devices other than whiteouts, sockets, and extended attributes other than
+``user.*`` and the overlay's own mark of an opaque directory (so no file capabilities). What was left out is counted
+and its first paths are told. The host's file system always keeps max(1 GiB, 5 %) of its space, and 5 % of its inodes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from corral.diskspace import KEEP_SHARE, spare_bytes
+from corral.errors import CorralError
+from corral.sandbox import asowner
+from corral.sandbox.compare import join, user_xattrs
+from corral.sandbox.ownership import NOBODY, Ids, OwnerMap
+from corral.sandbox.trees import (
+    OPAQUE,
+    OPEN_DIRECTORY,
+    OVERLAY_PREFIX,
+    UPPER,
+    Unreadable,
+    Walk,
+    is_opaque,
+    is_whiteout,
+    remove_tree,
+)
+from corral.sandbox.view import Changeable
+
+TOLD_PATHS = 20
+_COPY = UPPER + 1
+_LINKS = ".links"
+_PORTION = 16 << 20
+# The overlay's own notes, and the labels that a security module puts on every file.
+_OVERLAY_NOTES = tuple(f"{OVERLAY_PREFIX}{name}" for name in ("opaque", "origin", "impure", "uuid", "nlink"))
+_NO_LOSS = (*_OVERLAY_NOTES, "security.selinux")
+
+
+@dataclass(slots=True)
+class Told:
+    """Things that were left out: how many, and where the first ones lay."""
+
+    count: int = 0
+    paths: list[str] = field(default_factory=list)
+
+    def add(self, path: str | None) -> None:
+        """Counts one."""
+        self.count += 1
+        if len(self.paths) < TOLD_PATHS:
+            self.paths.append(path or "(a very long path)")
+
+
+@dataclass(slots=True)
+class Copied:
+    """What came of it."""
+
+    bytes: int = 0
+    entries: int = 0
+    stripped: Told = field(default_factory=Told)
+    """Files stored without their setuid or setgid bits or some of their attributes."""
+    dropped: Told = field(default_factory=Told)
+    """Sockets, devices, and files that the file system cannot hold: not stored."""
+
+
+class Room:
+    """Guards the free space of the file system that is written to."""
+
+    def __init__(self, directory: int) -> None:
+        self._directory = directory
+        self._bytes = 0
+        self._entries = 0
+
+    def take(self, size: int) -> None:
+        """Claims one entry of ``size`` bytes. Raises CorralError where too little would be left free."""
+        self._bytes -= size
+        self._entries -= 1
+        if self._bytes >= 0 and self._entries >= 0:
+            return
+        free = os.fstatvfs(self._directory)
+        spare = spare_bytes(self._directory)
+        inodes = free.f_favail - free.f_files // KEEP_SHARE if free.f_files else 1 << 30
+        if spare < size or inodes < 1:
+            raise CorralError(
+                "the changes cannot be kept: the disk would be left with less than 1 GiB or 5 % free; make room, "
+                "or apply or discard layers that are no longer needed (`corral discard`)"
+            )
+        # Looked at again soon: others write there too.
+        self._bytes = min(spare - size, _PORTION)
+        self._entries = min(inodes - 1, 1000)
+
+
+def copy_parts(
+    layer: int,
+    target: int,
+    parts: Sequence[Changeable],
+    owners: OwnerMap,
+    scaffold: Collection[str],
+) -> Copied:
+    """Copies each part of the layer into a directory of its name in ``target``, which is empty.
+
+    Raises CorralError where there is too little room, or a file cannot be read; OSError where writing fails.
+    """
+    try:
+        ids = owners.upper if os.geteuid() == 0 else None
+        return _copy(layer, target, parts, ids, scaffold, raise_unreadable=os.geteuid() != 0)
+    except Unreadable:
+        for name in os.listdir(target):
+            remove_tree(target, name)
+        request = {
+            "layer": layer,
+            "target": target,
+            "parts": [[part.name, part.path, part.lowers] for part in parts],
+            "scaffold": list(scaffold),
+        }
+        answer = asowner.call("copy", (layer, target), request, owners.namespace())
+        stripped, dropped = Told(**answer["stripped"]), Told(**answer["dropped"])
+        return Copied(answer["bytes"], answer["entries"], stripped, dropped)
+
+
+def serve(request: dict[str, Any]) -> Any:
+    """:func:`copy_parts` in a helper process."""
+    parts = [Changeable(name, path, tuple(lowers)) for name, path, lowers in request["parts"]]
+    return asdict(_copy(request["layer"], request["target"], parts, None, set(request["scaffold"])))
+
+
+def _copy(
+    layer: int,
+    target: int,
+    parts: Sequence[Changeable],
+    ids: Ids | None,
+    scaffold: Collection[str],
+    *,
+    raise_unreadable: bool = False,
+) -> Copied:
+    copied = Copied()
+    room = Room(target)
+    os.mkdir(_LINKS, 0o700, dir_fd=target)
+    links = os.open(_LINKS, OPEN_DIRECTORY, dir_fd=target)
+    try:
+        for part in parts:
+            os.mkdir(part.name, 0o700, dir_fd=target)
+            roots: list[int] = []
+            try:
+                for parent in (layer, target):
+                    roots.append(os.open(part.name, OPEN_DIRECTORY, dir_fd=parent))
+                status = os.fstat(roots[0])
+                with Walk({UPPER: roots[0], _COPY: roots[1]}, part.path, raise_unreadable=raise_unreadable) as walk:
+                    _Copier(part, walk, links, ids, scaffold, room, copied).run(status)
+            finally:
+                for fd in roots:
+                    os.close(fd)
+    finally:
+        os.close(links)
+    remove_tree(target, _LINKS)
+    return copied
+
+
+class _Copier:
+    """The copy of one part."""
+
+    def __init__(
+        self,
+        part: Changeable,
+        walk: Walk,
+        links: int,
+        ids: Ids | None,
+        scaffold: Collection[str],
+        room: Room,
+        copied: Copied,
+    ) -> None:
+        self._part = part
+        self._walk = walk
+        self._links = links
+        self._ids = ids
+        self._scaffold = scaffold
+        self._room = room
+        self._copied = copied
+        self._whiteout = ""
+
+    def run(self, status: os.stat_result) -> None:
+        """Copies everything; ``status`` is the part's own directory."""
+        walk = self._walk
+        walk.current.status = status
+        walk.current.names = iter(walk.list(UPPER))
+        while True:
+            level = walk.current
+            name = next(level.names, None)
+            if name is not None:
+                self._entry(name)
+                continue
+            self._finish_directory(level.fds[_COPY], level.fds[UPPER], level.status or status, level.path)
+            if len(walk.levels) == 1:
+                return
+            walk.leave()
+            if _COPY not in walk.current.fds:
+                raise CorralError("the copy of the layer was disturbed: one of its directories has vanished")
+            if level.path in self._scaffold:
+                # Made by Corral, and again next time; it stays only where it holds something.
+                with suppress(OSError):
+                    os.rmdir(level.name, dir_fd=walk.current.fds[_COPY])
+
+    def _entry(self, name: str) -> None:
+        walk = self._walk
+        status = walk.status(UPPER, name)
+        if status is None:
+            return
+        path = join(walk.current.path, name)
+        target = walk.current.fds[_COPY]
+        if is_whiteout(status) and self._part.lowers:
+            self._copy_whiteout(target, name)
+            return
+        kind = stat.S_IFMT(status.st_mode)
+        if kind not in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO):
+            self._copied.dropped.add(path)
+            return
+        if kind == stat.S_IFREG and path in self._scaffold and status.st_size == 0:
+            return
+        self._copied.entries += path not in self._scaffold
+        if kind == stat.S_IFDIR:
+            self._room.take(4096)
+            os.mkdir(name, 0o700, dir_fd=target)
+            if walk.enter(name, path, (UPPER, _COPY)) and _COPY in walk.current.fds:
+                walk.current.status = status
+                walk.current.names = iter(walk.list(UPPER))
+            else:
+                self._copied.dropped.add(path)
+        elif kind == stat.S_IFREG:
+            self._copy_file(name, target, path)
+        elif kind == stat.S_IFLNK:
+            self._room.take(4096)
+            with suppress(FileNotFoundError):
+                os.symlink(os.readlink(name, dir_fd=walk.current.fds[UPPER]), name, dir_fd=target)
+                self._finish_name(target, name, status)
+        else:
+            self._room.take(0)
+            os.mkfifo(name, 0o600, dir_fd=target)
+            self._finish_name(target, name, status)
+            # Freshly made in a directory of our own, so it cannot be a link.
+            os.chmod(name, status.st_mode & 0o777, dir_fd=target)
+
+    def _copy_whiteout(self, target: int, name: str) -> None:
+        self._copied.entries += 1
+        if self._whiteout:
+            try:
+                os.link(self._whiteout, name, src_dir_fd=self._links, dst_dir_fd=target)
+                return
+            except OSError as error:
+                if error.errno != errno.EMLINK:
+                    raise
+        self._room.take(0)
+        os.mknod(name, stat.S_IFCHR, 0, dir_fd=target)
+        self._whiteout = f"whiteout-{self._part.name}-{self._copied.entries}"
+        os.link(name, self._whiteout, src_dir_fd=target, dst_dir_fd=self._links)
+
+    def _copy_file(self, name: str, target: int, path: str | None) -> None:
+        source = self._walk.open(UPPER, name)
+        if source < 0:
+            self._copied.dropped.add(path)
+            return
+        try:
+            status = os.fstat(source)
+            if not stat.S_ISREG(status.st_mode):
+                self._copied.dropped.add(path)
+                return
+            link = f"{status.st_dev}-{status.st_ino}" if status.st_nlink > 1 else ""
+            if link and self._link(link, name, target):
+                return
+            self._room.take(0)
+            fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target)
+            try:
+                if not self._copy_data(source, fd, status):
+                    self._copied.dropped.add(path)
+                    os.unlink(name, dir_fd=target)
+                    return
+                self._finish(fd, source, status, path)
+            finally:
+                os.close(fd)
+            if link:
+                with suppress(FileExistsError):
+                    os.link(name, link, src_dir_fd=target, dst_dir_fd=self._links)
+        finally:
+            os.close(source)
+
+    def _link(self, link: str, name: str, target: int) -> bool:
+        """Makes ``name`` a hard link to the copy that was made of the same file before, if there is one."""
+        try:
+            os.link(link, name, src_dir_fd=self._links, dst_dir_fd=target)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            if error.errno != errno.EMLINK:
+                raise
+            os.unlink(link, dir_fd=self._links)
+            return False
+        return True
+
+    def _copy_data(self, source: int, fd: int, status: os.stat_result) -> bool:
+        """Copies content with its holes; False where the file system cannot hold a file of that size."""
+        size, offset = status.st_size, 0
+        try:
+            os.ftruncate(fd, size)
+        except OSError as error:
+            if error.errno not in (errno.EFBIG, errno.EINVAL):
+                raise
+            return False
+        sparse = status.st_blocks * 512 < size
+        while offset < size:
+            end = size
+            if sparse:
+                try:
+                    offset = os.lseek(source, offset, os.SEEK_DATA)
+                    end = min(size, os.lseek(source, offset, os.SEEK_HOLE))
+                except OSError as error:
+                    if error.errno != errno.ENXIO:
+                        raise
+                    return True  # a hole up to the end
+            os.lseek(fd, offset, os.SEEK_SET)
+            while offset < end:
+                count = min(end - offset, _PORTION)
+                self._room.take(count)
+                sent = os.sendfile(fd, source, offset, count)
+                if sent == 0:
+                    return True
+                offset += sent
+                self._copied.bytes += sent
+        return True
+
+    def _finish_directory(self, fd: int, source: int, status: os.stat_result, path: str | None) -> None:
+        if self._part.lowers and is_opaque(source) and len(self._walk.levels) > 1:
+            os.setxattr(fd, OPAQUE, b"y")
+        self._finish(fd, source, status, path)
+
+    def _finish(self, fd: int, source: int, status: os.stat_result, path: str | None) -> None:
+        """Owner, mode, attributes and times of a file or directory, as far as they may be stored."""
+        stripped = bool(status.st_mode & (stat.S_ISUID | stat.S_ISGID))
+        wanted = user_xattrs(source)
+        for name, value in wanted.items():
+            try:
+                os.setxattr(fd, name, value)
+            except OSError:
+                stripped = True
+        with suppress(OSError):
+            stripped = stripped or any(
+                name not in wanted and not name.startswith(_NO_LOSS) for name in os.listxattr(source)
+            )
+        if stripped:
+            self._copied.stripped.add(path)
+        if self._ids is not None:
+            os.fchown(fd, *self._owner(status))
+        os.fchmod(fd, status.st_mode & 0o1777)
+        os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def _finish_name(self, target: int, name: str, status: os.stat_result) -> None:
+        if self._ids is not None:
+            os.chown(name, *self._owner(status), dir_fd=target, follow_symlinks=False)
+        os.utime(name, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=target, follow_symlinks=False)
+
+    def _owner(self, status: os.stat_result) -> tuple[int, int]:
+        if self._ids is None:
+            return 0, 0
+        uid, gid = self._ids.owner(status)
+        return (0 if uid == NOBODY else uid), (0 if gid == NOBODY else gid)

@@ -1,0 +1,409 @@
+"""One live sandbox, without an event loop of its own: every face (asyncio, the command line) stands on this.
+
+    launching ──READY──▶ running ──ENDED──▶ ended
+        └───────FAILED / end of stream──────▲
+
+The core owns the control socket, the descriptors that came with READY, and the table of running execs. It is used
+from one thread only, that of its reactor; `kill` alone may be called from any.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+
+from corral.errors import CorralError, ExecError, RequestError, SandboxClosed, WallError
+from corral.monitor.records import Sink
+from corral.reactor import Reactor, Timer
+from corral.sandbox import channel
+from corral.sandbox.cgroups import Controller
+from corral.sandbox.channel import EndReason, Report, ReportType, Usage
+from corral.sandbox.denials import Denial, summary
+from corral.sandbox.freezer import Freezer
+from corral.sandbox.identity import ROOT_ID
+from corral.sandbox.launcher import launch
+from corral.sandbox.limits import Accountant, Rlimits, exec_limits
+from corral.sandbox.notices import Notices
+from corral.sandbox.prepare import Prepared
+from corral.sandbox.view import HOME
+
+START_TIMEOUT = 30.0
+_REMOVAL_TRIES = 40
+_NO_USAGE = Usage(0.0, 0.0, 0, 0, 0, 0, 0, 0)
+accountant = Accountant()
+
+
+def _after_fork() -> None:
+    """A child has none of its parent's threads, and none of its sandboxes to watch."""
+    global accountant
+    accountant = Accountant()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class State(Enum):
+    """Where a sandbox is in its life."""
+
+    LAUNCHING = "launching"
+    RUNNING = "running"
+    FROZEN = "frozen"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How an exec ended. ``error`` is set when the command never ran."""
+
+    status: int
+    """As wait(2) gives it."""
+    usage: Usage
+    error: CorralError | None = None
+    denials: tuple[Denial, ...] = ()
+    """What its command and their children were refused, until it ended."""
+    denials_dropped: int = 0
+    """Refusals beside these."""
+
+    @property
+    def code(self) -> int:
+        """The exit code, or 128 plus the signal that ended it, as shells count."""
+        return 128 + os.WTERMSIG(self.status) if os.WIFSIGNALED(self.status) else os.WEXITSTATUS(self.status)
+
+
+@dataclass(slots=True)
+class _Running:
+    on_exit: Callable[[Exit], None]
+    on_stop: Callable[[int], None] | None
+    failure: ExecError | None = None
+
+
+class Core:
+    """A sandbox from launch to end."""
+
+    def __init__(self, prepared: Prepared, reactor: Reactor, sinks: Sequence[Sink] = ()) -> None:
+        """``sinks`` are told of every decision, beside those of the sandbox itself."""
+        self.prepared = prepared
+        self.state = State.LAUNCHING
+        self.started_at = time.time()
+        self.root_fd = -1
+        self.layer_fd = -1
+        self.listeners: tuple[int, ...] = ()
+        self._doors: tuple[int, ...] = ()
+        """Where what is sent arrives for the gateway, until that takes them over."""
+        self.end_reason = ""
+        self.notices = Notices()
+        """Told by the monitor what is refused."""
+        self._reactor = reactor
+        self._execs: dict[int, _Running] = {}
+        self._next = 1
+        self._failure: WallError | None = None
+        self._killed_because = ""
+        self._on_ready: Callable[[CorralError | None], None] | None = None
+        self._on_end: list[Callable[[], None]] = []
+        self._accounted = False
+        self._start_timer: Timer | None = None
+        try:
+            self._control, self.keeper = launch(prepared.plan, prepared.identity.lease)
+        finally:
+            prepared.identity.release()
+        self._keeper_pidfd = os.pidfd_open(self.keeper)
+        self._keeper_lock = threading.RLock()  # signal handlers kill too, in the thread that may have it
+        self._freezer = Freezer(prepared.groups.path(Controller.FREEZE), self._request)
+        # Not before the launcher is at work: until the walls stand there is time to load it.
+        from corral.sandbox.supervision import Supervision
+
+        self.supervision = Supervision(prepared, self.keeper, (self.notices, *sinks), self.kill, self._stand_still)
+        self._reactor.add_reader(self._control.fileno(), self._receive)
+
+    # ---- life ----
+
+    def when_ready(self, callback: Callable[[CorralError | None], None]) -> None:
+        """Calls back once the walls stand, or with the error why they do not."""
+        self._on_ready = callback
+        self._start_timer = self._reactor.call_later(START_TIMEOUT, self._start_overdue)
+
+    def when_ended(self, callback: Callable[[], None]) -> None:
+        """Calls back when everything is gone and cleaned up; at once if it is already."""
+        if self.state is State.ENDED:
+            callback()
+        else:
+            self._on_end.append(callback)
+
+    def kill(self, reason: str = "killed") -> None:
+        """Ends everything inside at once. May be called from any thread, and again."""
+        if not self._killed_because:
+            self._killed_because = reason
+        with self._keeper_lock:
+            if self._keeper_pidfd >= 0:
+                with suppress(OSError):
+                    signal.pidfd_send_signal(self._keeper_pidfd, signal.SIGTERM)
+
+    def close_layer(self) -> None:
+        """Lets go of the layer; its changes are gone with it."""
+        if self.layer_fd >= 0:
+            os.close(self.layer_fd)
+            self.layer_fd = -1
+
+    def _start_overdue(self) -> None:
+        if self.state is State.LAUNCHING:
+            self._failure = WallError("start", f"the walls did not stand after {START_TIMEOUT:.0f} s")
+            self.kill("start took too long")
+
+    # ---- execs ----
+
+    def exec(
+        self,
+        argv: Sequence[str],
+        stdio: tuple[int, int, int],
+        on_exit: Callable[[Exit], None],
+        *,
+        env: Mapping[str, str] | None = None,
+        directory: str | None = None,
+        user: int | None = None,
+        terminal: bool = False,
+        limits: Rlimits | None = None,
+        on_stop: Callable[[int], None] | None = None,
+    ) -> int:
+        """Starts a command with the given descriptors and returns its number; the caller closes its copies of them.
+
+        ``limits`` hold for this command; one that is above the sandbox's own fails as an ExecError (EPERM). Raises
+        RequestError for what cannot be asked, SandboxClosed when the sandbox is not running.
+        """
+        self._require_running()
+        uid = self.prepared.options.user if user is None else user
+        if not self.prepared.identity.has(uid):
+            own = self.prepared.options.user
+            raise RequestError(f"user {uid} does not exist in this sandbox; it has user {own} only")
+        payload = channel.encode_exec(
+            argv,
+            self.prepared.environment if env is None else env,
+            directory or self.prepared.directory,
+            uid,
+            uid,
+            terminal=terminal,
+            limits=exec_limits(limits),
+        )
+        number = self._next
+        self._next = self._next % 0x7FFFFFFF + 1
+        memfd = channel.sealed_memfd("corral-exec", payload)
+        self._execs[number] = _Running(on_exit, on_stop)
+        self.notices.expect(number)
+        try:
+            channel.send_request(self._control, channel.Request.EXEC, number, fds=(memfd, *stdio))
+        except OSError as error:
+            del self._execs[number]
+            self.notices.take(number)
+            if isinstance(error, BlockingIOError):
+                raise RequestError("too many commands are being started at once; try again") from None
+            raise SandboxClosed(self.end_reason or "it is ending") from None
+        finally:
+            os.close(memfd)
+        return number
+
+    def environment(self, user: int | None = None) -> dict[str, str]:
+        """The variables of a command that ``user`` runs."""
+        environment = dict(self.prepared.environment)
+        if user is not None and user != self.prepared.options.user:
+            name, home = ("root", "/root") if user == ROOT_ID else ("agent", HOME)
+            environment |= {"HOME": home, "USER": name, "LOGNAME": name}
+            environment |= dict(self.prepared.options.policy.environment.set)
+        return environment
+
+    def signal(self, number: int, which: int) -> None:
+        """Sends a signal to the process group of an exec; nothing happens when it has ended."""
+        self._request(channel.Request.SIGNAL, number, which)
+
+    def kill_session(self, number: int) -> None:
+        """SIGKILL to every process of an exec's session."""
+        self._request(channel.Request.KILL_SESSION, number)
+
+    def _request(self, request: channel.Request, number: int = 0, argument: int = 0) -> None:
+        """Whatever has ended meanwhile needs no request; its report is on the way, or was read."""
+        if self.state is State.ENDED:
+            return
+        try:
+            channel.send_request(self._control, request, number, argument)
+        except BlockingIOError:
+            self.kill("its first process takes no requests any more")
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+
+    # ---- freeze ----
+
+    def freeze(self) -> None:
+        """Stops every process where it is. Execs can be started again after :meth:`thaw`."""
+        self._require_running()
+        self._freezer.stop()
+        self.state = State.FROZEN
+
+    def _stand_still(self, still: bool) -> None:
+        """Freezes while an action is held, where the policy says so. From any thread: the state is not touched."""
+        if self.state is State.RUNNING:  # else whoever froze it thaws it
+            if still:
+                self._freezer.stop()
+            else:
+                self._freezer.go_on()
+
+    def frozen(self) -> bool:
+        """Whether all have stopped since :meth:`freeze`."""
+        return self.state is State.FROZEN and self._freezer.has_stopped(self.supervision.waiting_threads())
+
+    def thaw(self) -> None:
+        """Lets all go on."""
+        if self.state is State.FROZEN:
+            self._freezer.go_on()
+            self.state = State.RUNNING
+            self.supervision.hold_if_asked()
+
+    def _require_running(self) -> None:
+        if self.state is State.FROZEN:
+            raise RequestError("the sandbox is frozen; thaw it first")
+        if self.state is not State.RUNNING:
+            raise SandboxClosed(self.end_reason or "it is not running yet")
+
+    # ---- reports ----
+
+    def layer_used(self) -> int:
+        """Bytes that the layer holds."""
+        if self.layer_fd < 0:
+            return 0
+        status = os.fstatvfs(self.layer_fd)
+        return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+    def _receive(self) -> None:
+        while self.state is not State.ENDED:
+            try:
+                report = channel.receive_report(self._control)
+            except BlockingIOError:
+                return
+            except (OSError, CorralError) as error:
+                self.kill(f"the control channel broke: {error}")
+                self._finish()
+                return
+            if report is None:
+                self._finish()
+                return
+            self._handle(report)
+
+    def _handle(self, report: Report) -> None:
+        if report.type is ReportType.READY:
+            self._ready(report)
+        elif report.type is ReportType.LISTENER:
+            self._supervise(report)
+        elif report.type is ReportType.FAILED:
+            self._failure = WallError(report.step, report.detail, report.error)
+        elif report.type is ReportType.ENDED:
+            reason = EndReason(report.status)
+            self.end_reason = self._killed_because or _REASONS[reason]
+        elif (running := self._execs.get(report.id)) is not None:
+            if report.type is ReportType.EXEC_FAILED:
+                running.failure = ExecError(report.step, report.detail, report.error)
+            elif report.type is ReportType.STOPPED:
+                if running.on_stop and self.state is State.RUNNING:
+                    running.on_stop(report.status)
+            elif report.type is ReportType.EXITED:
+                del self._execs[report.id]
+                self.supervision.flush()
+                denials, dropped = self.notices.take(report.id)
+                failure = running.failure
+                if failure and denials:
+                    failure = ExecError(failure.stage, failure.what, failure.errno, summary(denials, dropped))
+                running.on_exit(Exit(report.status, report.usage, failure, denials, dropped))
+
+    def _ready(self, report: Report) -> None:
+        self.root_fd, self.layer_fd, *listeners = report.fds
+        own = len(self.prepared.options.listeners)
+        self.listeners, self._doors = tuple(listeners[:own]), tuple(listeners[own:])
+        try:
+            self.notices.attach(self.layer_fd)
+        except OSError as error:
+            self._failure = WallError("notices", "the place of what was refused", error.errno or 0)
+            self.kill("its notices cannot be written")
+
+    def _supervise(self, report: Report) -> None:
+        """The last report of a start: nothing runs before there is somebody who answers."""
+        listener, deputy = report.fds
+        doors, self._doors = self._doors, ()
+        try:
+            self.supervision.start(listener, deputy, os.dup(self.root_fd), doors)
+        except Exception as error:  # a thread that cannot be started, a library that cannot be loaded
+            self._failure = WallError("supervision", f"it cannot be supervised ({type(error).__name__})")
+            self.kill("it cannot be supervised")
+        if self._failure:
+            return
+        self.state = State.RUNNING
+        if self._start_timer:
+            self._start_timer.cancel()
+        if self.prepared.groups.path(Controller.MEMORY) is None:
+            memory = self.prepared.options.policy.resources.memory
+            accountant.watch(self.keeper, memory, self.layer_used, self.kill)
+            self._accounted = True
+        if self._on_ready:
+            self._on_ready(None)
+
+    def _finish(self) -> None:
+        """The control socket has ended, so the keeper has cleaned up or is dead."""
+        never_ran = self.state is State.LAUNCHING
+        self.state = State.ENDED
+        if self._accounted:
+            accountant.forget(self.keeper)
+        if self._start_timer:
+            self._start_timer.cancel()
+        self._reactor.remove_reader(self._control.fileno())
+        self._control.close()
+        # Somebody else in this process may have reaped it (a SIGCHLD handler, waitpid(-1)).
+        with suppress(ChildProcessError):
+            os.waitpid(self.keeper, 0)
+        self._remove_groups(_REMOVAL_TRIES)
+        with self._keeper_lock:  # a late kill must not reach whoever gets this descriptor's number next
+            keeper, self._keeper_pidfd = self._keeper_pidfd, -1
+            os.close(keeper)
+        for fd in (self.root_fd, *self.listeners, *self._doors):
+            if fd >= 0:
+                os.close(fd)
+        self.root_fd, self.listeners, self._doors = -1, (), ()
+        self.end_reason = self.end_reason or self._killed_because or "the launcher died"
+        self.supervision.close()
+        execs, self._execs = self._execs, {}
+        for number, running in execs.items():
+            ended = running.failure or SandboxClosed(self.end_reason)
+            running.on_exit(Exit(signal.SIGKILL, _NO_USAGE, ended, *self.notices.take(number)))
+        self.notices.close()
+        if never_ran and self._on_ready:
+            error: CorralError | None = self._failure
+            if error is None and (self._killed_because or self.end_reason == _REASONS[EndReason.WALL_TIME]):
+                error = SandboxClosed(self.end_reason)
+            self._on_ready(error or WallError("launcher", f"ended before the walls stood: {self.end_reason}"))
+        for callback in self._on_end:
+            callback()
+
+    def _remove_groups(self, tries: int) -> None:
+        """The keeper has removed them, unless it was killed itself."""
+        busy = False
+        for _, path in self.prepared.groups.paths:
+            try:
+                os.rmdir(path)
+            except FileNotFoundError:
+                continue
+            except OSError:
+                busy = True
+        if busy and tries:
+            with suppress(RuntimeError):  # the loop is closed: the next start reaps
+                self._reactor.call_later(0.05, self._remove_groups, tries - 1)
+
+
+_REASONS = {
+    EndReason.CLOSED: "closed",
+    EndReason.KILLED: "killed",
+    EndReason.WALL_TIME: "out of wall time",
+    EndReason.CONTROLLER: "its controller died",
+    EndReason.INIT_DIED: "its first process was killed (out of memory?)",
+    EndReason.FAILED: "the walls could not be built",
+    EndReason.DEPUTY: "its deputy died",
+}

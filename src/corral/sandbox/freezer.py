@@ -1,0 +1,64 @@
+"""Stops all processes of a sandbox where they are, and lets them go on.
+
+With a version 2 cgroup the kernel does it (cgroup-v2.rst, cgroup.freeze); without one, SIGSTOP from the sandbox's first
+process, which a program inside can tell and undo.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from contextlib import suppress
+
+from corral.sandbox.channel import Request
+
+# Where a stopped thread sleeps: the freezer itself, or a vfork(2) whose child is stopped.
+_STOPPED = frozenset(("do_freezer_trap", "get_signal", "do_signal_stop", "wait_for_vfork_done", "kernel_clone"))
+
+
+class Freezer:
+    """``group`` is the sandbox's version 2 cgroup, or None; ``request`` asks its first process. For any thread."""
+
+    def __init__(self, group: str | None, request: Callable[[Request], None]) -> None:
+        self._group, self._request = group, request
+
+    def stop(self) -> None:
+        """Asks for it; :meth:`has_stopped` says when it is done."""
+        self._set("1", Request.STOP_ALL)
+
+    def go_on(self) -> None:
+        """Undoes :meth:`stop`."""
+        self._set("0", Request.CONTINUE_ALL)
+
+    def _set(self, value: str, request: Request) -> None:
+        if self._group is None:
+            self._request(request)
+            return
+        fd = os.open(f"{self._group}/cgroup.freeze", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, value.encode())
+        finally:
+            os.close(fd)
+
+    def has_stopped(self, waiting: Collection[int]) -> bool:
+        """Whether all have stopped (without a cgroup: whether that was asked for).
+
+        ``waiting`` are threads that wait in notified calls. To the kernel they have not stopped, as a call that was
+        received is left by its answer or by death only; but they cannot do anything before they have stopped too.
+        """
+        if self._group is None:
+            return True
+        with open(f"{self._group}/cgroup.events", encoding="ascii") as file:
+            if "frozen 1" in file.read():
+                return True
+        if not waiting:
+            return False
+        with open(f"{self._group}/cgroup.threads", encoding="ascii") as file:
+            others = {int(line) for line in file} - set(waiting)
+        return all(_stands_still(tid) for tid in others)
+
+
+def _stands_still(tid: int) -> bool:
+    with suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{tid}/wchan", encoding="ascii") as file:
+        return file.read() in _STOPPED
+    return True  # it has ended

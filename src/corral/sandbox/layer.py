@@ -1,0 +1,388 @@
+"""Layers that outlive their sandbox: kept on disk until they are applied or discarded.
+
+    <state>/layers/<id>/               mode 0700; id is the sandbox's
+        meta.json                      what is told about it (format below)
+        parts/workspace, parts/home... overlay upper directories, as `copying` stores them
+    <state>/layers/partial-<pid>-<id>  one that is being built, or taken apart
+
+Keeping: everything is written into the partial directory, then synced (syncfs), then renamed into place; so a layer
+that has its name is whole, after a crash too. Discarding: renamed to a partial name first, so that nobody finds it any
+more, then removed once its last reader is done. Whoever reads or builds holds a lock (flock) on the directory; a
+partial one that nobody holds and whose process is dead is removed by :func:`reap_partials`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pwd
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from corral.errors import CorralError, RequestError
+from corral.sandbox import paths
+from corral.sandbox.changes import Change, changes
+from corral.sandbox.copying import Copied, Told, copy_parts
+from corral.sandbox.extent import is_empty
+from corral.sandbox.image import system_image
+from corral.sandbox.ownership import SAME_IDS, OwnerMap, owner_map, owners_from_json, owners_to_json
+from corral.sandbox.prepare import Prepared
+from corral.sandbox.trees import OPEN_DIRECTORY, remove_tree
+from corral.sandbox.view import Changeable
+
+FORMAT = 1
+MAX_META = 4 << 20
+_ID = re.compile(r"[a-z2-7]{8}")
+_PARTIAL = re.compile(r"partial-([0-9]{1,10})-[a-z2-7]{8}")
+
+
+@dataclass(frozen=True, slots=True)
+class KeptLayer:
+    """A layer on disk."""
+
+    id: str
+    created: str
+    """UTC, ISO 8601."""
+    workspace: str
+    command: str
+    label: str
+    user: str
+    """Who ran the sandbox."""
+    count: int
+    """Changes when it was kept."""
+    parts: tuple[Changeable, ...]
+    scaffold: frozenset[str]
+    owners: OwnerMap
+    size: int
+    """Bytes of content."""
+    entries: int
+    stripped: Told
+    dropped: Told
+
+    def changes(self) -> list[Change]:
+        """What it changes, compared with the host as it is now. Raises RequestError when it was discarded."""
+        with _opened(self.id) as directory:
+            return self._changes(directory)
+
+    def patch(self) -> bytes:
+        """The changes of the workspace as a unified diff for `git apply`, with the files' own characters.
+
+        Raises RequestError when it was discarded, or is too big for a patch.
+        """
+        from corral.sandbox.patch import make_patch  # loads difflib
+
+        with _opened(self.id) as directory:
+            for part in self.parts:
+                if part.name == "workspace":
+                    parts = _open_parts(directory)
+                    try:
+                        listed = self._changes(directory, (part,))
+                        return os.fsencode(make_patch(_with_lowers(part), parts, self.owners, listed))
+                    finally:
+                        os.close(parts)
+        return b""
+
+    def discard(self) -> None:
+        """Drops it; see :func:`discard`."""
+        discard(self.id)
+
+    def _changes(self, directory: int, only: Sequence[Changeable] = ()) -> list[Change]:
+        fd = _open_parts(directory)
+        try:
+            parts = [_with_lowers(part) for part in only or self.parts]
+            return changes(parts, fd, self.owners, self.scaffold, special_modes=False)
+        finally:
+            os.close(fd)
+
+
+def is_changed(prepared: Prepared, layer: int) -> bool:
+    """Whether anything was written that a layer keeps. Fast; an ended sandbox is told from an idle one by this."""
+    return not is_empty(prepared.view.parts, layer, prepared.view.scaffold)
+
+
+def live_changes(prepared: Prepared, layer: int) -> list[Change]:
+    """The changes of a sandbox that may still run: consistent for what nobody changes meanwhile."""
+    return changes(prepared.view.parts, layer, _owners(prepared), prepared.view.scaffold)
+
+
+def keep(prepared: Prepared, layer: int, *, command: str = "") -> KeptLayer | None:
+    """Copies the layer of an ended sandbox to disk; None where it changes nothing.
+
+    Raises CorralError where it cannot be kept: nothing is left over then, and the layer in memory is still there.
+    """
+    if layer < 0:
+        raise RequestError("the layer is gone: it was closed, or the sandbox never ran")
+    if not is_changed(prepared, layer):
+        return None
+    view, owners, identifier = prepared.view, _owners(prepared), check_id(prepared.id)
+    count = len(changes(view.parts, layer, owners, view.scaffold))
+    if count == 0:
+        return None
+    with _store() as store:
+        name = f"partial-{os.getpid()}-{identifier}"
+        try:
+            os.mkdir(name, 0o700, dir_fd=store)
+            with _locked(store, name, fcntl.LOCK_EX) as directory:
+                os.mkdir("parts", 0o700, dir_fd=directory)
+                parts = _open_parts(directory)
+                try:
+                    copied = copy_parts(layer, parts, view.parts, owners, view.scaffold)
+                finally:
+                    os.close(parts)
+                kept = _describe(prepared, owners, copied, count, command)
+                _write_meta(directory, kept)
+                _sync(directory)
+                os.rename(name, identifier, src_dir_fd=store, dst_dir_fd=store)
+                os.fsync(store)
+        except BaseException as error:
+            with suppress(OSError):
+                remove_tree(store, name)
+            if isinstance(error, OSError):
+                raise CorralError(f"the changes cannot be kept: {error.strerror or error}") from None
+            raise
+    return kept
+
+
+def _owners(prepared: Prepared) -> OwnerMap:
+    try:
+        return owner_map(prepared.identity, os.stat(prepared.directory))
+    except OSError as error:
+        raise CorralError(f"workspace {prepared.directory}: {error.strerror}") from None
+
+
+def list_layers() -> list[KeptLayer]:
+    """All kept layers of the caller, oldest first; those that cannot be understood are left out."""
+    found = []
+    with _store() as store:
+        for name in os.listdir(store):
+            if _ID.fullmatch(name):
+                with suppress(CorralError):
+                    found.append(open_layer(name))
+    return sorted(found, key=lambda layer: (layer.created, layer.id))
+
+
+def open_layer(identifier: str) -> KeptLayer:
+    """The kept layer of that id. Raises RequestError where there is none."""
+    with _opened(check_id(identifier)) as directory:
+        return _read_meta(directory, identifier)
+
+
+def discard(identifier: str) -> None:
+    """Removes a kept layer, once nobody reads it any more. Raises RequestError where there is none."""
+    check_id(identifier)
+    with _store() as store:
+        name = f"partial-{os.getpid()}-{identifier}"
+        try:
+            os.rename(identifier, name, src_dir_fd=store, dst_dir_fd=store)
+        except FileNotFoundError:
+            raise _unknown(identifier) from None
+        except OSError as error:
+            raise CorralError(f"layer {identifier} cannot be discarded: {error.strerror}") from None
+        with _locked(store, name, fcntl.LOCK_EX):
+            try:
+                remove_tree(store, name)
+            except OSError as error:
+                raise CorralError(f"layer {identifier} cannot be removed: {error.strerror}") from None
+
+
+def reap_partials() -> int:
+    """Removes what dead processes left half-built or half-removed; how many there were."""
+    count = 0
+    with _store() as store:
+        for name in os.listdir(store):
+            match = _PARTIAL.fullmatch(name)
+            if match is None or os.path.exists(f"/proc/{match[1]}"):
+                continue
+            with suppress(OSError):
+                with _locked(store, name, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    remove_tree(store, name)
+                    count += 1
+    return count
+
+
+def check_id(identifier: str) -> str:
+    """Refuses what is not a layer's id; ids become file names. Raises RequestError."""
+    if not _ID.fullmatch(identifier):
+        raise RequestError(f"{identifier!r} is not a layer's id: eight characters, a to z and 2 to 7")
+    return identifier
+
+
+def _unknown(identifier: str) -> RequestError:
+    return RequestError(f"there is no layer {identifier}; `corral diff --list` lists those that there are")
+
+
+@contextmanager
+def _store() -> Iterator[int]:
+    path = os.path.join(paths.state_directory(), "layers")
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        fd = os.open(path, OPEN_DIRECTORY)
+    except OSError as error:
+        raise CorralError(f"{path}: {error.strerror}") from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _locked(store: int, name: str, how: int) -> Iterator[int]:
+    fd = os.open(name, OPEN_DIRECTORY, dir_fd=store)
+    try:
+        fcntl.flock(fd, how)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _opened(identifier: str) -> Iterator[int]:
+    """A layer's directory, locked for reading. It may lose its name meanwhile, but none of its files."""
+    with _store() as store:
+        try:
+            fd = os.open(identifier, OPEN_DIRECTORY, dir_fd=store)
+        except OSError:
+            raise _unknown(identifier) from None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            # It was there when it was opened; it is whole only if it still is, now that we have the lock.
+            try:
+                present = os.path.samestat(os.stat(identifier, dir_fd=store, follow_symlinks=False), os.fstat(fd))
+            except OSError:
+                present = False
+            if not present:
+                raise _unknown(identifier)
+            yield fd
+        finally:
+            os.close(fd)
+
+
+def _open_parts(directory: int) -> int:
+    try:
+        return os.open("parts", OPEN_DIRECTORY, dir_fd=directory)
+    except OSError as error:
+        raise CorralError(f"the layer is damaged: parts: {error.strerror}") from None
+
+
+def _with_lowers(part: Changeable) -> Changeable:
+    """The part with its lower trees as they are called now: a system image is made anew when the host changes."""
+    cache = f"{paths.cache_directory()}/"
+    lowers = []
+    for lower in part.lowers:
+        if lower.startswith(f"{cache}system-") and not os.path.isdir(lower):
+            image = system_image(paths.cache_directory(), os.geteuid() != 0)
+            lower = os.path.join(image, *lower[len(cache) :].split("/")[1:])
+        lowers.append(lower)
+    return replace(part, lowers=tuple(lowers))
+
+
+def _sync(directory: int) -> None:
+    import ctypes
+
+    if ctypes.CDLL(None, use_errno=True).syncfs(directory) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+
+
+# ---- meta.json ----
+
+
+def _describe(prepared: Prepared, owners: OwnerMap, copied: Copied, count: int, command: str) -> KeptLayer:
+    try:
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        user = str(os.geteuid())
+    return KeptLayer(
+        id=prepared.id,
+        created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        workspace=prepared.directory,
+        command=command or prepared.options.command or "",
+        label=prepared.options.label,
+        user=user,
+        count=count,
+        parts=prepared.view.parts,
+        scaffold=prepared.view.scaffold,
+        owners=replace(owners, upper=SAME_IDS if os.geteuid() == 0 else None),
+        size=copied.bytes,
+        entries=copied.entries,
+        stripped=copied.stripped,
+        dropped=copied.dropped,
+    )
+
+
+_TEXTS = ("created", "workspace", "command", "label", "user")
+_NUMBERS = ("count", "size", "entries")
+
+
+def _write_meta(directory: int, kept: KeptLayer) -> None:
+    data: dict[str, Any] = {"format": FORMAT, "id": kept.id}
+    data |= {name: getattr(kept, name) for name in (*_TEXTS, *_NUMBERS)}
+    data |= {
+        "parts": [{"name": part.name, "path": part.path, "lowers": part.lowers} for part in kept.parts],
+        "scaffold": sorted(kept.scaffold),
+        "owners": owners_to_json(kept.owners),
+        "stripped": {"count": kept.stripped.count, "paths": kept.stripped.paths},
+        "dropped": {"count": kept.dropped.count, "paths": kept.dropped.paths},
+    }
+    text = json.dumps(data, indent=1)
+    if len(text) > MAX_META:
+        raise CorralError("the changes cannot be kept: their description is too long")
+    fd = os.open("meta.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory)
+    with open(fd, "w", encoding="ascii") as file:
+        file.write(text)
+
+
+def _read_meta(directory: int, identifier: str) -> KeptLayer:
+    try:
+        fd = os.open("meta.json", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+        with open(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ValueError("meta.json is not a file")
+            content = file.read(MAX_META + 1)
+        if len(content) > MAX_META:
+            raise ValueError("meta.json is too long")
+        return _parse(json.loads(content), identifier)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CorralError(f"layer {identifier} is damaged: {error}; `corral discard {identifier}` removes it") from None
+
+
+def _parse(data: Any, identifier: str) -> KeptLayer:
+    if _typed(data, dict)["format"] != FORMAT:
+        raise ValueError(f"format {data['format']!r} is not known to this version of Corral")
+    if data["id"] != identifier:
+        raise ValueError("it names another layer")
+    parts = []
+    for row in _typed(data["parts"], list):
+        name, path = _typed(row["name"], str), _typed(row["path"], str)
+        if not re.fullmatch(r"[a-z-]{1,32}", name) or not os.path.isabs(path):
+            raise ValueError(f"part {name!r} is none")
+        lowers = tuple(_typed(lower, str) for lower in _typed(row["lowers"], list))
+        if not all(os.path.isabs(lower) for lower in lowers):
+            raise ValueError(f"part {name!r} lies on a relative path")
+        parts.append(Changeable(name, path, lowers))
+    return KeptLayer(
+        id=identifier,
+        **{name: _typed(data[name], str) for name in _TEXTS},
+        **{name: _typed(data[name], int) for name in _NUMBERS},
+        parts=tuple(parts),
+        scaffold=frozenset(_typed(path, str) for path in _typed(data["scaffold"], list)),
+        owners=owners_from_json(_typed(data["owners"], list)),
+        stripped=_told(data["stripped"]),
+        dropped=_told(data["dropped"]),
+    )
+
+
+def _told(data: Any) -> Told:
+    return Told(_typed(_typed(data, dict)["count"], int), [_typed(path, str) for path in _typed(data["paths"], list)])
+
+
+def _typed(value: Any, wanted: type) -> Any:
+    if type(value) is not wanted:
+        raise ValueError(f"{value!r:.60} should be of type {wanted.__name__}")
+    return value

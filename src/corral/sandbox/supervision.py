@@ -1,0 +1,112 @@
+"""Puts a sandbox under supervision: its monitor, with every slot and sink, and the thread that answers its calls."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from corral.approvals.queue import Queue
+from corral.monitor.core import Monitor
+from corral.monitor.records import Account, Aggregator, Recent, Several, Sink, unwritable
+from corral.policy.model import Processes
+from corral.policy.part import PolicyPart
+from corral.sandbox.prepare import Prepared
+from corral.supervisor import service
+
+if TYPE_CHECKING:
+    from corral.gateway.egress import Egress
+
+
+class Supervision:
+    """One sandbox's monitor and supervisor. Used by the thread that controls the sandbox.
+
+    ``end`` ends the sandbox; ``hold`` is told whether the sandbox is to stand still because of a held action. Both are
+    called from any thread.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        keeper: int,
+        sinks: Sequence[Sink],
+        end: Callable[[str], None],
+        hold: Callable[[bool], None],
+    ) -> None:
+        policy = prepared.options.policy
+        self.recent = Recent()
+        """The latest decisions."""
+        self.approvals = Queue(policy.approvals.timeout, kill=end, on_change=self.hold_if_asked)
+        """What is held."""
+        self._freeze, self._hold = policy.approvals.freeze, hold
+        self._hold_lock = threading.Lock()
+        self._records = Aggregator(Several(self.recent, *sinks))
+        self._monitor = Monitor(policy=PolicyPart(policy), sink=self._records, approvals=self.approvals, on_kill=end)
+        self._prepared, self._keeper, self._end = prepared, keeper, end
+        self._supervised: service.Supervised | None = None
+        self.egress: Egress | None = None
+        """The way out, where there is one."""
+        self._accounts = tuple(sink for sink in sinks if isinstance(sink, Account))
+
+    def start(self, listener: int, deputy: int, root: int, doors: tuple[int, ...] = ()) -> None:
+        """From here on the sandbox's notified calls are answered, and what it sends is taken in at ``doors``; takes the
+        descriptors over."""
+        policy = self._prepared.options.policy
+        supervisor = service.shared()  # first: it raises the limit of descriptors, which others look at
+        if doors:
+            from corral.sandbox.outlet import open_egress  # only a policy that names destinations has one
+
+            self.egress = open_egress(
+                self._prepared, self._monitor, doors, end=self._end, settle=self._settle, accounts=self._accounts
+            )
+        self._supervised = service.Supervised(
+            sandbox=self._prepared.id,
+            session=self._prepared.id,
+            keeper=self._keeper,
+            listener_fd=listener,
+            deputy_fd=deputy,
+            root_fd=root,
+            table=self._prepared.table,
+            monitor=self._monitor,
+            end=self._end,
+            tick=self._records.flush,
+            exec_rules=policy.process != Processes(),
+            watched=(*policy.filesystem.ask, *policy.filesystem.watch),
+            egress=self.egress,
+        )
+        supervisor.attach(self._supervised)
+
+    def _settle(self, callback: Callable[[], None]) -> None:
+        """Calls back once the supervisor has done what it does now. From any thread."""
+        if self._supervised is not None:
+            self._supervised.post(callback)
+
+    def waiting_threads(self) -> frozenset[int]:
+        """Threads (outside) that wait for an answer."""
+        supervised = self._supervised
+        return supervised.waiting_threads() if supervised is not None else frozenset()
+
+    def flush(self) -> None:
+        """Writes the counts of equal refusals that are still open. Where they cannot be, the sandbox ends (I3)."""
+        try:
+            self._records.flush(everything=True)
+        except Exception as error:
+            self._end(unwritable(error))
+
+    def close(self) -> None:
+        """The sandbox is dead: nobody is answered any more."""
+        self.approvals.close()
+        if self._supervised is not None:
+            service.shared().detach(self._supervised)
+            self._supervised = None
+        if self.egress is not None:
+            from corral.sandbox.outlet import close_egress
+
+            close_egress(self.egress)
+        self.flush()
+
+    def hold_if_asked(self) -> None:
+        """Has the sandbox stand still, or go on, where the policy wants it to while something is held."""
+        if self._freeze:
+            with self._hold_lock:
+                self._hold(self.approvals.held > 0)
