@@ -1,0 +1,225 @@
+"""Any valid policy document, for property tests, and how one is written as YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import Enum
+from typing import Any
+
+import yaml
+from hypothesis import strategies as st
+
+from corral.actions import Verdict
+from corral.policy.model import Credential, FlowLimits, Note, Permit, Policy, RequestRule
+
+Document = dict[str, Any]
+
+WORDS = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._+:-]{0,20}", fullmatch=True)
+LABELS = st.from_regex(r"[a-z]([a-z0-9-]{0,10}[a-z0-9])?", fullmatch=True).filter(lambda text: text[2:4] != "--")
+NAMES = st.lists(LABELS, min_size=1, max_size=3).map(".".join)
+PATHS = st.lists(st.from_regex(r"[a-z0-9_ ä-]{0,5}[a-z0-9]", fullmatch=True), min_size=1, max_size=3).map(
+    lambda parts: "/" + "/".join(part.strip() for part in parts)
+)
+PATH_GLOBS = st.builds(
+    lambda start, rest: start + rest, PATHS, st.sampled_from(["", "/*", "/**", "/**/x", "/?.py", "/\\*"])
+)
+PORTS = st.integers(1, 65535)
+PORT_RANGES = st.tuples(PORTS, PORTS).map(lambda pair: f"{min(pair)}-{max(pair)}")
+LINES = st.text(st.characters(codec="utf-8", categories=("L", "N", "P")), max_size=20)
+NOTES: dict[str, st.SearchStrategy[Any]] = {"reason": LINES, "advice": LINES, "private": st.booleans()}
+
+
+def _rules(required: dict[str, Any], optional: dict[str, Any], *texts: st.SearchStrategy[str]) -> Any:
+    mappings = st.fixed_dictionaries(required, optional={**optional, **NOTES})
+    return st.lists(st.one_of(*texts, mappings), max_size=4)
+
+
+METHODS = st.sampled_from(["GET", "post", "X-Y"])
+REQUEST_PATHS = st.sampled_from(["/", "/**", "/repos/**", "/a/*/b/", "/x?", "/\\*"])
+REQUESTS = st.lists(
+    METHODS
+    | REQUEST_PATHS
+    | st.builds(lambda method, path: f"{method} {path}", METHODS, REQUEST_PATHS)
+    | st.fixed_dictionaries(
+        {}, optional={"method": METHODS | st.lists(METHODS, min_size=1, max_size=2), "path": REQUEST_PATHS}
+    ),
+    min_size=1,
+    max_size=3,
+)
+SOURCES = st.sampled_from(["env:TOKEN", "file:/run/secrets/x", "file:./x"])
+CREDENTIALS = st.one_of(
+    st.fixed_dictionaries({"type": st.just("bearer"), "from": SOURCES}),
+    st.fixed_dictionaries({"type": st.just("basic"), "from": SOURCES, "user": WORDS.map(lambda w: w.replace(":", ""))}),
+    st.fixed_dictionaries({"type": st.just("header"), "from": SOURCES, "header": st.sampled_from(["X-Key", "x-key"])}),
+    st.fixed_dictionaries({"type": st.just("git"), "from": SOURCES}, optional={"user": st.just("me")}),
+)
+AMOUNTS = st.integers(1, 1 << 40) | st.sampled_from(["10MiB", "1.5GiB"])
+LIMITS = st.fixed_dictionaries(
+    {},
+    optional={
+        "connections": st.integers(1, 65535),
+        "up": AMOUNTS,
+        "down": AMOUNTS,
+        "session_up": AMOUNTS,
+        "session_down": AMOUNTS,
+        "idle": st.floats(0.001, 1000) | st.just("15m"),
+        "dial": st.just("5s"),
+        "header": st.integers(1024, 1 << 20) | st.just("16KiB"),
+        "body": AMOUNTS,
+    },
+)
+PLACES = {
+    "port": PORTS | PORT_RANGES | st.lists(PORTS | PORT_RANGES, min_size=1, max_size=3),
+    "cidr": st.sampled_from(["192.0.2.0/24", "2001:db8::/32", "::ffff:192.0.2.0/120"]),
+}
+SHORT = (
+    NAMES,
+    st.builds(lambda name, port: f"{name}:{port}", NAMES, PORTS | PORT_RANGES),
+    st.ip_addresses(v=4).map(str),
+    st.builds(lambda address, port: f"[{address}]:{port}", st.ip_addresses(v=6), PORTS),
+)
+NAMED = {"name": NAMES | NAMES.map(lambda name: f"*.{name}")}
+PROTOCOLS = st.sampled_from(["tls", "ssh", "http", "tcp", "udp", "socks", "connect", "stratum", "tor", "tunnel"])
+WITH_REQUESTS = {"protocol": st.sampled_from(["tls", "http"]), "requests": REQUESTS}
+DENIED = _rules(NAMED, {**PLACES, "protocol": PROTOCOLS}, *SHORT) | _rules(NAMED, {**PLACES, **WITH_REQUESTS})
+PERMITS = st.lists(st.sampled_from([each.value for each in Permit if each is not Permit.ECH]), min_size=1, max_size=3)
+DESTINATIONS = st.one_of(
+    DENIED,
+    _rules(NAMED, {**PLACES, "protocol": PROTOCOLS, "permit": PERMITS | st.just(["ech"]), "limits": LIMITS}, *SHORT),
+    _rules(
+        {"name": NAMES},
+        {**PLACES, **WITH_REQUESTS, "permit": PERMITS, "limits": LIMITS, "credential": CREDENTIALS},
+    ),
+    _rules(NAMED, {**PLACES, "protocol": st.just("tls"), "requests": REQUESTS, "intercept": st.booleans()}),
+)
+PROGRAMS = _rules(
+    {"path": PATH_GLOBS | LABELS},
+    {"argv": st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0\\*")), min_size=1, max_size=3)},
+    LABELS,
+)
+MODELS = _rules({"name": WORDS | WORDS.map(lambda word: f"{word}*")}, {}, WORDS)
+QUERIES = _rules(
+    {"source": WORDS},
+    {
+        "statements": st.lists(st.sampled_from(["select", "INSERT", "drop"]), min_size=1, max_size=3),
+        "tables": st.lists(WORDS, min_size=1, max_size=3),
+    },
+    WORDS,
+)
+CALLS = st.lists(st.sampled_from(["mlock", "sync", "personality", "setsockopt"]), max_size=3)
+ANSWERS = st.sampled_from(["allow", "ask", "deny"])
+VARIABLES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,10}", fullmatch=True)
+
+
+def _section(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Document]:
+    return st.fixed_dictionaries({}, optional=fields)
+
+
+DOCUMENTS: st.SearchStrategy[Document] = _section(
+    version=st.just(1),
+    profile=st.sampled_from(["coding-agent", "rl-rollout", "locked"]),
+    agent=_section(name=WORDS, version=WORDS),
+    filesystem=_section(
+        read=st.lists(PATHS, max_size=3),
+        write=st.lists(PATHS, max_size=3),
+        deny=st.lists(PATHS, max_size=3),
+        ask=st.lists(PATH_GLOBS, max_size=3),
+        watch=st.lists(PATH_GLOBS, max_size=3),
+    ),
+    network=_section(
+        allow=DESTINATIONS,
+        ask=DESTINATIONS,
+        deny=DENIED,
+        loopback=ANSWERS,
+        listen=ANSWERS,
+        resolvers=st.lists(
+            st.sampled_from(["192.0.2.1", "192.0.2.1:53", "[2001:db8::1]:53", "2001:DB8::1"]), max_size=3
+        ),
+        proxy=st.sampled_from(["http://192.0.2.1:3128", "http://[2001:db8::1]:3128/"]),
+    ),
+    process=_section(allow=PROGRAMS, ask=PROGRAMS, deny=PROGRAMS),
+    syscalls=_section(ask=CALLS, deny=CALLS),
+    resources=_section(
+        cpu=st.floats(0.01, 8192),
+        memory=st.integers(1 << 20, 1 << 50) | st.sampled_from(["512MiB", "1.5GiB"]),
+        processes=st.integers(1, 4_194_304),
+        wall_time=st.floats(0.001, 1000) | st.sampled_from(["90s", "2h"]),
+    ),
+    environment=_section(
+        allow=st.lists(VARIABLES | VARIABLES.map(lambda name: f"{name}*"), max_size=3),
+        set=st.dictionaries(VARIABLES, st.text(st.characters(codec="utf-8", exclude_characters="\0")), max_size=3),
+    ),
+    model=_section(allow=MODELS, ask=MODELS, deny=MODELS),
+    data=_section(allow=QUERIES, ask=QUERIES, deny=QUERIES),
+    approvals=_section(timeout=st.floats(0.001, 1000) | st.just("5m"), freeze=st.booleans()),
+    detection=_section(rules=st.lists(PATHS, max_size=3)),
+    autonomy=_section(level=st.integers(0, 9)),
+    allow_degraded=st.lists(st.just("landlock"), max_size=2),
+)
+
+
+def document_of(policy: Policy) -> Document:
+    """A policy file that says all of ``policy``, in full."""
+    fields = {field.name for field in dataclasses.fields(policy)} - {"allow_degraded"}
+    document: Document = {name: _section_of(getattr(policy, name)) for name in fields}
+    document["environment"]["set"] = dict(policy.environment.set)
+    for rule in document["network"]["deny"]:  # says nothing of how
+        del rule["intercept"], rule["limits"]
+    document["allow_degraded"] = [wall.value for wall in policy.allow_degraded]
+    return document
+
+
+def _section_of(values: Any) -> Document:
+    pairs = {field.name: getattr(values, field.name) for field in dataclasses.fields(values)}
+    return {name: _value_of(value) for name, value in pairs.items() if value is not None}
+
+
+def _value_of(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_rule_of(each) if dataclasses.is_dataclass(each) else _value_of(each) for each in value]
+    if isinstance(value, Credential):
+        kind = {"type": value.kind.value, "from": value.source}
+        return kind | {name: getattr(value, name) for name in ("header", "user") if getattr(value, name)}
+    if isinstance(value, FlowLimits):
+        return _section_of(value)
+    if isinstance(value, Enum):
+        return value.name.lower() if isinstance(value, Verdict) else value.value
+    return value
+
+
+def _rule_of(rule: Any) -> Document:
+    if isinstance(rule, RequestRule):
+        return {"path": rule.path} | ({"method": list(rule.methods)} if rule.methods else {})
+    document = _section_of(rule)
+    note: Note = document.pop("note")
+    document |= {"reason": note.reason, "advice": note.advice, "private": note.private}
+    if ports := document.pop("ports", None):
+        document["port"] = [f"{low}-{high}" for low, high in ports]
+    if "network" in document:
+        document["cidr"] = document.pop("network")
+    return {name: value for name, value in document.items() if value != []}
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+def written(document: Document) -> str:
+    """The document as YAML. Every text is in double quotes, so that it stays text."""
+    node = yaml.compose(yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=1 << 20), yaml.SafeLoader)
+    return yaml.serialize(_quoted(node), Dumper=_Dumper, width=1 << 20)
+
+
+def _quoted(node: yaml.Node | None) -> yaml.Node:
+    assert node is not None
+    if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:str":
+        node.style = '"'
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _quoted(item)
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            _quoted(key)
+            _quoted(value)
+    return node
