@@ -1,0 +1,60 @@
+"""What the supervisor decided, from the record that `corral run --record` wrote on the host.
+
+A decision belongs to the turn whose command was started last before it: turns come one after the other.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from script import Turn
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One line of the record; several where equal refusals are counted."""
+
+    action: str
+    subject: dict[str, object]
+    verdict: str
+    rule: str
+    reason: str
+    answered_by: str
+    held: float
+    count: int
+
+    @property
+    def refused(self) -> bool:
+        return self.verdict in ("deny", "kill")
+
+    @property
+    def where(self) -> str:
+        """Of a connection: the address and the port."""
+        return f"{self.subject['address']}:{self.subject['port']}" if "address" in self.subject else ""
+
+    @property
+    def expected(self) -> bool:
+        """Whether programs try this as a matter of course."""
+        return self.subject.get("quiet") is True
+
+
+def read(path: Path, turns: Sequence[Turn]) -> dict[str, list[Decision]]:
+    """The decisions by the name of their turn; those before the first turn are under an empty name."""
+    names = {turn.command: turn.name for turn in turns}
+    found: dict[str, list[Decision]] = {turn.name: [] for turn in turns} | {"": []}
+    current = ""
+    for line in path.read_text(encoding="ascii").splitlines():
+        told = json.loads(line)
+        if told["kind"] == "flow":  # the account of a connection, not a decision
+            continue
+        subject = told["subject"]
+        if told["action"] == "process.exec":
+            current = next((names[word] for word in subject["argv"] if word in names), current)
+        found[current].append(
+            Decision(
+                told["action"], subject, told["verdict"], told["rule"], told["reason"], told["answered_by"],
+                told["held"], told["count"],
+            )
+        )  # fmt: skip
+    return found
