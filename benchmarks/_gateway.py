@@ -1,4 +1,4 @@
-"""What the way out costs: a connection, a query, a stream, a stream that is looked at, an idle connection, a crowd."""
+"""What the way out costs: a start, a connection, a query, a stream, a stream that is looked at, an idle connection, a crowd."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from _gateway_world import (
 from _scale import affordable
 
 from corral import Sandbox
+from corral.policy.model import Policy
 
 DIRECT = "direct"
 LOOPBACK = "127.0.0.1"
@@ -121,6 +122,25 @@ async def connect_figure(workspace: Path, rounds: int) -> list[Row]:
         own = samples[kind]
         rows.append(Row(title, "ms", statistics.median(own) * 1e3, p95(own) * 1e3, bar=QUERY))
     return rows
+
+
+# ---- a start ----
+
+
+async def start_figure(workspace: Path, rounds: int) -> list[Row]:
+    """A sandbox from nothing to its end, with a way out and without."""
+
+    def contender(rules: Policy) -> Contender:
+        async def start() -> float:
+            began = time.perf_counter()
+            async with Sandbox(workspace, policy=rules):
+                return time.perf_counter() - began
+
+        return start
+
+    contenders = {"with": contender(policy(53, 443)), "without": contender(Policy())}
+    samples = await in_turns(contenders, rounds)
+    return [compare("start of a sandbox with a way out", samples["with"], "without one", samples["without"])]
 
 
 # ---- one stream ----

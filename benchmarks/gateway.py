@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import sys
 
-from _gateway import connect_figure, crowd_figure, idle_figure, intercepted_figure, stream_figure
+from _gateway import connect_figure, crowd_figure, idle_figure, intercepted_figure, start_figure, stream_figure
 from _program import Figure, run
 
 FIGURES = {
+    "start": Figure(lambda workspace, quick: start_figure(workspace, 20 if quick else 100)),
     "connect": Figure(lambda workspace, quick: connect_figure(workspace, 10 if quick else 40)),
     "stream": Figure(stream_figure),
     "intercepted": Figure(intercepted_figure),

@@ -11,12 +11,10 @@ import json
 import os
 import shutil
 import socket
-import statistics
 import struct
 import subprocess
 import textwrap
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -851,28 +849,3 @@ def test_a_root_whose_link_leads_elsewhere_is_refused(start: Start, small_root: 
 def test_a_denied_resolv_conf_stays_denied(start: Start) -> None:
     made = start(replace(NAMED, filesystem=Filesystem(deny=("/etc/resolv.conf",))))
     assert made.sh("cat /etc/resolv.conf") == (0, "")
-
-
-# ---- what it costs ----
-
-
-def test_the_cost_of_a_start_is_printed(start: Start, workspace: Path) -> None:
-    """No bound: the figure is the benchmark's. Alternating, so that both see the same machine."""
-
-    def once(policy: Policy) -> float:
-        begin = time.perf_counter()
-        prepared = prepare(Options(str(workspace), policy=policy))
-        try:
-            trial = Trial(prepared.plan, prepared.identity.lease)
-        finally:
-            prepared.identity.release()
-        with trial:
-            trial.stand()
-            return (time.perf_counter() - begin) * 1000
-
-    taken: dict[str, list[float]] = {"without": [], "with": []}
-    for _ in range(20):
-        taken["without"].append(once(NOTHING_NAMED))
-        taken["with"].append(once(NAMED))
-    for name, times in taken.items():
-        print(f"start {name} capture: median {statistics.median(times):.2f} ms, least {min(times):.2f} ms")

@@ -756,6 +756,44 @@ def test_no_more_questions_on_one_connection_than_are_expected() -> None:
     rig.close()
 
 
+def dns_rig() -> tuple[Rig, bytes]:
+    rig = Rig(to=(b"\xc6\x12\0\x35", 53))
+    rig.connection.begin()
+    question = b"\0\1\1\0\0\1\0\0\0\0\0\0" + b"\3web\4test\0\0\1\0\1"
+    return rig, len(question).to_bytes(2, "big") + question
+
+
+def test_a_piece_of_a_question_gives_no_more_time() -> None:
+    rig, framed = dns_rig()
+    deadline = rig.connection._deadline
+    for byte in framed[:10]:
+        rig.say(bytes((byte,)))
+    assert rig.connection._deadline == deadline
+    rig.say(framed[10:])
+    assert rig.connection._deadline is not None and deadline is not None and rig.connection._deadline > deadline
+    rig.close()
+
+
+def test_questions_that_are_held_end_with_their_connection() -> None:
+    rig, framed = dns_rig()
+    rig.judge.verdicts[Kind.NET_RESOLVE] = None
+    rig.say(framed * 2)
+    first, second = rig.judge.held
+    first.answer(Verdict.ALLOW)
+    rig.connection.over("closed", broken=False)
+    assert second.withdrawn and not first.withdrawn
+    rig.close()
+
+
+def test_only_so_many_questions_of_one_connection_are_held() -> None:
+    rig, framed = dns_rig()
+    rig.judge.verdicts[Kind.NET_RESOLVE] = None
+    rig.say(framed * 100)
+    assert rig.stage is Stage.OVER
+    assert len(rig.judge.held) == 16 and all(held.withdrawn for held in rig.judge.held)
+    rig.close()
+
+
 # ---- the end ----
 
 

@@ -595,6 +595,7 @@ BAD_ANSWERS = {
     "interim with body": b"HTTP/1.1 100 Continue\r\nContent-Length: 5\r\n\r\n",
     "no content with content": b"HTTP/1.1 204 No\r\nContent-Length: 5\r\n\r\n",
     "interim for ever": b"HTTP/1.1 103 Early\r\n\r\n" * (MAX_INTERIM + 1),
+    "coding taken away": b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nConnection: content-encoding\r\n\r\nhi",
     "length taken away": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: Content-Length\r\n\r\nhi",
 }
 
@@ -714,6 +715,28 @@ def test_websocket_only_by_get() -> None:
 CONNECT = b"CONNECT far.test:443 HTTP/1.1\r\nHost: far.test:443\r\n\r\n"
 
 
+@pytest.mark.parametrize(
+    "query",
+    [
+        "_method=DELETE",
+        "a=1&_method",
+        "x;%5fMETHOD=put",
+        ".method=put",
+        "X-HTTP-Method-Override=DELETE",
+        "$httpMethod=PUT",
+    ],
+)
+def test_a_query_that_names_another_method_is_refused_where_methods_are_judged(query: str) -> None:
+    request_ = GET.replace(b"/a", b"/a?" + query.encode())
+    judging = HttpProxy(NAME, 80, secure=False, permits=(), limits=LIMITS, secret=None, judged=True)
+    commands = judging.client_bytes(request_)
+    assert client(commands).startswith(b"HTTP/1.1 403 ") and b"another method" in client(commands)
+    assert upstream(commands) == b""
+    assert upstream(allow(proxy(), request_)).startswith(b"GET /a?" + query.encode())
+    judging = HttpProxy(NAME, 80, secure=False, permits=(), limits=LIMITS, secret=None, judged=True)
+    assert upstream(allow(judging, GET.replace(b"/a", b"/a?payment_method=card&method=x&m=_method")))
+
+
 def test_connect_needs_its_permit() -> None:
     commands = proxy(*(set(Permit) - {Permit.CONNECT})).client_bytes(CONNECT)
     assert [type(command) for command in commands] == [Refused, ToClient]
@@ -802,7 +825,14 @@ def test_a_part_is_refused_where_a_secret_was_put_in() -> None:
     assert closes(subject.upstream_bytes(b"HTTP/1.1 206 Part\r\nContent-Length: 2\r\n\r\ns3"))
 
 
-@pytest.mark.parametrize("request_", [CONNECT, GET.replace(b"GET", b"TRACE"), WEBSOCKET.replace(b"websocket", b"h2c")])
+@pytest.mark.parametrize(
+    "request_",
+    [
+        CONNECT,
+        *(GET.replace(b"GET", m) for m in (b"TRACE", b"trace", b"Track")),
+        WEBSOCKET.replace(b"websocket", b"h2c"),
+    ],
+)
 def test_what_would_hide_a_secret_is_refused(request_: bytes) -> None:
     commands = proxy(*Permit, secret=bearer()).client_bytes(request_)
     assert client(commands).startswith(b"HTTP/1.1 403 ")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corral.gateway.recognise import Protocol
-from corral.gateway.watch import MAX_KEEN, MAX_WATCHED, Direction, Finding, Watch
+from corral.gateway.recognise import MAX_FIRST, Protocol
+from corral.gateway.watch import MAX_KEEN, MAX_READ, MAX_WATCHED, PIECEMEAL, Direction, Finding, Watch
 from tests.unit.hellos import hello, message, number, records
 
 UP, DOWN = Direction.UP, Direction.DOWN
@@ -222,6 +222,18 @@ WORDS = st.sampled_from(
 @given(st.lists(st.tuples(st.sampled_from(Direction), st.lists(WORDS, max_size=6).map(b"".join)), max_size=6))
 def test_pieces_never_hide_anything(talk: Talk) -> None:
     assert (watched(talk) is None) == (watched(bytewise(talk)) is None)
+
+
+def test_a_beginning_that_never_becomes_clear_ends_the_flow() -> None:
+    """Each byte has the whole of it read again, so there is an end to bytes that come singly."""
+    watch, fed = Watch(), 0
+    found = watch.feed(UP, b'{"')
+    while found is None and fed < MAX_FIRST:
+        found, fed = watch.feed(UP, b"}"), fed + 1
+    assert found == PIECEMEAL and not found.starttls
+    assert fed < 2.2 * MAX_READ**0.5
+    watch = Watch()  # as it comes from a program
+    assert not any(watch.feed(UP, b'{"' + b"}" * 1000) for _ in range(MAX_FIRST // 1000 + 2))
 
 
 @given(st.lists(st.tuples(st.sampled_from(Direction), st.binary(max_size=200)), max_size=10))

@@ -108,6 +108,7 @@ UNHEARD = "nobody will ever look"
 READINGS = {
     "/": ("/",),
     "/a": ("/a",),
+    "/A": ("/A",),
     "/a/": ("/a",),
     "/a/b?c": ("/a/b?c", "/a/b"),
     "/a/b?/../c": (),
@@ -168,6 +169,9 @@ def reference_request(rule: NetworkRule, request: Request, certain: bool) -> boo
     ones = [each for each in rule.requests if not each.methods or method in each.methods]
     if any(each.path == "/**" for each in ones):
         return True
+    if not certain:
+        readings = (*readings, *(reading.lower() for reading in readings))
+        ones = [replace(each, path=path) for each in ones for path in (each.path, each.path.lower())]
     named = [any(reference_path(each.path, reading) for each in ones) for reading in readings]
     if certain:
         return bool(readings) and all(named)
@@ -358,7 +362,7 @@ network_rules = st.builds(
             st.builds(
                 RequestRule,
                 st.sampled_from(((), ("GET",), ("GET", "POST"))),
-                st.sampled_from(("/**", "/", "/a", "/a/*", "/a/**", "/a*", "/b")),
+                st.sampled_from(("/**", "/", "/a", "/a/*", "/a/**", "/a*", "/A", "/b")),
             ),
             max_size=2,
         ).map(tuple),
@@ -777,6 +781,24 @@ def test_requests_are_judged_one_by_one() -> None:
     assert judged(policy, request("GET", "/repos/x", name="b.org")) is DENY
 
 
+def test_a_deny_means_any_spelling_and_an_allow_its_own() -> None:
+    deny = network(
+        allow=(NetworkRule("a.org"),), deny=(NetworkRule("a.org", requests=(RequestRule((), "/Repos/*/k"),)),)
+    )
+    for path, verdict in (
+        ("/Repos/a/k", DENY),
+        ("/repos/a/k", DENY),
+        ("/REPOS/a/K.", DENY),
+        ("/repos/a/k%20/", DENY),
+        ("/repos/a/\u212a", DENY),  # the sign of Kelvin
+        ("/repos/a/b", ALLOW),
+    ):
+        assert judged(deny, request("GET", path)) is verdict, path
+    allow = network(allow=(NetworkRule("a.org", requests=(RequestRule((), "/Repos/*/k"),)),))
+    for path, verdict in (("/Repos/a/k", ALLOW), ("/repos/a/k", DENY), ("/Repos/a/k.", DENY), ("/Repos/a/K", DENY)):
+        assert judged(allow, request("GET", path)) is verdict, path
+
+
 def test_an_encoded_slash_must_be_allowed_both_ways() -> None:
     for glob, verdict in (("/@babel/*", DENY), ("/@babel*", DENY), ("/@babel*/**", ALLOW), ("/**", ALLOW)):
         policy = network(allow=(NetworkRule("a.org", requests=(RequestRule(("GET",), glob),)),))
@@ -795,6 +817,13 @@ def test_a_path_that_may_be_another_is_no_way_around_a_question() -> None:
         ("POST", "/admin%2fx", ASK),
         ("POST", "/y/../admin/x", ASK),
         ("POST", "//admin/x", ASK),
+        ("POST", "/ADMIN/x", ASK),
+        ("POST", "/%41dmin/x", ASK),
+        ("POST", "/admin./x", ASK),
+        ("POST", "/admin%20/x", ASK),
+        ("POST", "/\uff41dmin/x", ASK),
+        ("POST", "/y/%20/x", ASK),
+        ("POST", "/admins/x", ALLOW),
         ("GET", "/admin/x", ALLOW),
         ("POST", "/y", ALLOW),
     ):

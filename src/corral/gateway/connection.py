@@ -84,7 +84,8 @@ class Connection:
         """SHA-256 of the server's, once it has shown one."""
         self.intercepted = False
         self._close_reason = ""
-        self._counted = ""
+        self._counted: str | None = None
+        """The rule among whose flows it is."""
         self._held: Held | None = None
         self._silence: Timer | None = None
         self._pause: Timer | None = None
@@ -145,8 +146,12 @@ class Connection:
             return
         except OSError:
             data = b""
-        self._deadline = time.monotonic() + FIRST_BYTES
-        if not data or self._questions is None or not self._questions.feed(data):
+        questions = self._questions
+        left = 0 if questions is None else questions.left
+        if questions is not None and data and questions.feed(data):
+            if questions.left < left:  # a piece of a question is none
+                self._deadline = time.monotonic() + FIRST_BYTES
+        else:
             self.over("closed" if not data else "no DNS message", broken=bool(data))
 
     def _write_answer(self, data: bytes) -> None:
@@ -344,7 +349,7 @@ class Connection:
     @property
     def budgets(self) -> Budgets:
         """What its rule has left of its bytes."""
-        return self.egress.rules.budgets(self._counted, self.terms.limits)
+        return self.egress.rules.budgets(self._counted or "", self.terms.limits)
 
     def _has_certificate(self, digest: str) -> None:
         self.certificate = digest
@@ -412,7 +417,7 @@ class Connection:
             self.over(self._close_reason or "nothing was said in time", broken=True)
         elif self.stage is Stage.EXCHANGING and self._exchange is not None:
             self._exchange.look_after(now)
-        elif self.stage is Stage.RELAYING and self._relay is not None and self._counted:
+        elif self.stage is Stage.RELAYING and self._relay is not None:
             if self._relay.touched:
                 self._relay.touched = False
                 self._moved = now
@@ -424,6 +429,7 @@ class Connection:
         if self.stage is Stage.OVER:
             return
         self.stage = Stage.OVER
+        self._first = b""
         try:
             if self._held is not None:
                 held, self._held = self._held, None
@@ -434,7 +440,9 @@ class Connection:
                 self._relay.end(reason, broken=broken)
             if self._exchange is not None:
                 self._exchange.close()
-            if self._questions is None:  # which have records of their own
+            if self._questions is not None:  # which have records of their own
+                self._questions.close()
+            else:
                 self.egress.account(self.flow(reason))
         finally:
             self._close(broken=broken)
@@ -450,7 +458,7 @@ class Connection:
                 else:
                     sock.close()
         self.egress.flows.discard(self)
-        if self._counted:
+        if self._counted is not None:
             self.egress.rules.flows[self._counted] -= 1
 
     def abandon(self) -> None:

@@ -39,8 +39,8 @@ _ONE_HOP = frozenset(
     b"upgrade http2-settings".split()
 )
 _FRAMING = frozenset((b"content-length", b"transfer-encoding", b"host", b"connection", b"upgrade", b"expect"))
-_NEVER_NAMED = _FRAMING - {b"upgrade", b"connection"}
-"""Fields that must not vanish because the client lists them in Connection."""
+_NEVER_NAMED = _FRAMING - {b"upgrade", b"connection"} | {b"content-encoding", b"content-range"}
+"""Fields that must not vanish because Connection lists them: they say whom, how long, or how a body is to be read."""
 
 
 class HttpError(ValueError):
@@ -225,7 +225,7 @@ def _connection(fields: Fields) -> frozenset[bytes]:
     """What Connection lists. Raises HttpError where it would take away what says whom or how long."""
     named = frozenset(_list(fields, b"connection"))
     if not _NEVER_NAMED.isdisjoint(named):
-        raise HttpError(400, "Connection names a field that frames the message")
+        raise HttpError(400, "Connection names a field that the message cannot be read without")
     return named
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Set
+from urllib.parse import unquote_plus
 
 from corral.gateway.credentials import Secret, inject
 from corral.gateway.handshakes import is_mining_in_http, tunnel_in_http
@@ -26,6 +28,10 @@ _OVERRIDES = frozenset(
     )
 )
 """Fields that some servers take for the method or the path of the request: what was decided on is another."""
+_OVERRIDING = frozenset(("-method", "-http-method", "-httpmethod", "$httpmethod", *(n.decode() for n in _OVERRIDES)))
+"""Keys of a query from which frameworks take the method or the path of the request, with ``-`` for ``_``."""
+_ECHOES = frozenset(("TRACE", "TRACK"))
+"""RFC 9110, section 9.3.8, and its name in old servers; some take a method in any case."""
 _BODILESS = frozenset(("GET", "HEAD"))
 """Methods whose body has no meaning (RFC 9110, sections 9.3.1 and 9.3.2), so that rules take them for reading."""
 
@@ -49,6 +55,8 @@ def unwanted(raw: bytes) -> str:
 def impossible(head: RequestHead, permits: Set[Permit], *, injecting: bool, judged: bool = False) -> str:
     """Why a request cannot be permitted, whatever the rules for requests say; ``""`` if it can. ``judged``: there are
     such rules."""
+    if judged and _asks_for_another(head.target):
+        return "the query names another method than the one that is judged"
     if judged and head.method in _BODILESS and (head.chunked or head.length):
         return f"a {head.method} that is judged by its method sends no body"
     if head.method == "CONNECT":
@@ -56,8 +64,8 @@ def impossible(head: RequestHead, permits: Set[Permit], *, injecting: bool, judg
             return "CONNECT would lead on to another place, which the rule for this one does not permit"
         if injecting:
             return "a connection through a proxy is not possible where a credential is put in"
-    if head.method == "TRACE" and injecting:
-        return "TRACE sends back what was sent, credentials too"
+    if head.method.upper() in _ECHOES and injecting:
+        return f"{head.method} sends back what was sent, credentials too"
     if head.upgrade:
         if judged and head.upgrade != "websocket":
             return f"an upgrade to {head.upgrade} would hide the requests that rules judge"
@@ -68,6 +76,13 @@ def impossible(head: RequestHead, permits: Set[Permit], *, injecting: bool, judg
         if head.upgrade != "websocket" and injecting:
             return f"an upgrade to {head.upgrade} is not possible where a credential is put in"
     return ""
+
+
+def _asks_for_another(target: bytes) -> bool:
+    query = target.partition(b"?")[2].replace(b";", b"&").decode("ascii", "replace")
+    keys = (unquote_plus(pair.partition("=")[0]).strip().casefold() for pair in query.split("&"))
+    # PHP takes a dot, a space and an open bracket in a key for `_`.
+    return any(re.sub(r"[_. \[]", "-", key) in _OVERRIDING for key in keys)
 
 
 def outgoing(

@@ -15,7 +15,7 @@ from socket import AF_INET, AF_INET6, inet_pton
 from typing import NamedTuple
 
 from corral.errors import CorralError
-from corral.policy.names import canonical_name
+from corral.policy.names import canonical_name, unmapped
 
 POOL4 = "198.18.0.0/15"
 POOL6 = "fd63:6f72:7261:6c00::/64"
@@ -30,7 +30,6 @@ _FIRST6 = 0x10001
 """So the first name has ``::1:1``; what is below is for what stands inside itself."""
 _HOSTS = 254
 """Addresses used of each 256: programs exist that take .0 and .255 for a network and for everybody in it."""
-_MAPPED = bytes(10) + b"\xff\xff"
 
 
 class NamesFull(CorralError):
@@ -96,7 +95,7 @@ class Names:
     def is_synthetic(packed: bytes) -> bool:
         """Whether an address lies in a pool. Such an address is never one of the outside, whether it has a name or not
         (the resolver's own has none)."""
-        packed = _unmapped(packed)
+        packed = unmapped(packed)
         if len(packed) == 4:
             return int.from_bytes(packed, "big") >> _POOL4_BITS == _POOL4_START >> _POOL4_BITS
         return len(packed) == 16 and packed.startswith(_PREFIX6)
@@ -109,14 +108,10 @@ def _pair(number: int) -> Pair:
 
 def _number(packed: bytes) -> int:
     """The place of the name that this address would belong to; negative where it can belong to none."""
-    packed = _unmapped(packed)
+    packed = unmapped(packed)
     if len(packed) == 4:
         block, host = divmod(int.from_bytes(packed, "big") - _FIRST4, 256)
         return _HOSTS * block + host - 1 if 1 <= host <= _HOSTS else -1
     if len(packed) == 16 and packed.startswith(_PREFIX6):
         return int.from_bytes(packed[8:], "big") - _FIRST6
     return -1
-
-
-def _unmapped(packed: bytes) -> bytes:
-    return packed[12:] if len(packed) == 16 and packed.startswith(_MAPPED) else packed

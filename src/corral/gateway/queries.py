@@ -21,6 +21,7 @@ from corral.policy.names import address_of
 
 if TYPE_CHECKING:
     from corral.gateway.egress import Egress
+    from corral.monitor.parts import Held
 
 AT_ONCE = 8
 """Datagrams that are read before others have their turn."""
@@ -37,6 +38,13 @@ class Queries:
     def __init__(self, egress: Egress) -> None:
         self._egress = egress
         self._waiting = 0
+        self._held: set[Held] = set()
+        """Those of datagrams that wait for a person."""
+
+    @property
+    def crowded(self) -> bool:
+        """Whether no more may wait."""
+        return self._waiting + len(self._held) >= MAX_WAITING
 
     # ---- datagrams ----
 
@@ -47,7 +55,7 @@ class Queries:
                 data, sender, to = receive_datagram(sock, _SIZE)
             except OSError:
                 return  # nothing more, or an error of an answer that nobody waited for
-            if data and self._waiting < MAX_WAITING:
+            if data and not self.crowded:
                 self._datagram(sock, data, sender, to)
 
     def _datagram(self, sock: socket.socket, data: bytes, sender: tuple[str, int], to: Place) -> None:
@@ -59,12 +67,12 @@ class Queries:
         source = place_of(sender)
         attempt = attempts.sender(source)
         if attempt is not None:
-            self.ask(data, attempt, to, reply)
+            self.ask(data, attempt, to, reply, self._held)
             return
 
         def late() -> None:
             self._waiting -= 1
-            self.ask(data, attempts.sender(source), to, reply)
+            self.ask(data, attempts.sender(source), to, reply, self._held)
 
         self._waiting += 1
         attempts.settle(partial(self._egress.loop.post, late))
@@ -72,9 +80,16 @@ class Queries:
     # ---- a question ----
 
     def ask(
-        self, data: bytes, attempt: Attempt | None, to: Place, reply: Reply, *, limit: int = dns.MAX_DATAGRAM
+        self,
+        data: bytes,
+        attempt: Attempt | None,
+        to: Place,
+        reply: Reply,
+        held: set[Held],
+        *,
+        limit: int = dns.MAX_DATAGRAM,
     ) -> None:
-        """Has one message decided and answers it with ``reply``, at once or later."""
+        """Has one message decided and answers it with ``reply``, at once or later: until then it is among ``held``."""
         origin = self._egress.nobody if attempt is None else attempt.decision.action.origin
         question = dns.read(data, limit=limit)
         if isinstance(question, Malformed):
@@ -93,8 +108,16 @@ class Queries:
             self._refuse(origin, endpoint, f"The name {question.reason}.")
             reply(dns.answer(question, None, Outcome.UNKNOWN, reason=question.reason))
         else:
-            decided = partial(self._decided, question, origin, endpoint, reply)
-            self._egress.decide(Kind.NET_RESOLVE, endpoint, origin, decided)
+            waits: Held | None = None
+
+            def decided(decision: Decision) -> None:
+                if waits is not None:
+                    held.discard(waits)
+                self._decided(question, origin, endpoint, reply, decision)
+
+            waits = self._egress.decide(Kind.NET_RESOLVE, endpoint, origin, decided)
+            if waits is not None:
+                held.add(waits)
 
     def _decided(
         self, question: Question, origin: Origin, endpoint: Endpoint, reply: Reply, decision: Decision
@@ -144,11 +167,14 @@ class Stream:
     MAX_QUESTIONS = 1024
     MAX_QUESTION = 4096
     """Bytes; questions have less than 512."""
+    MAX_HELD = 16
+    """Questions that wait for a person."""
 
     def __init__(self, queries: Queries, attempt: Attempt, to: Place, write: Reply) -> None:
         self._queries, self._attempt, self._to, self._write = queries, attempt, to, write
         self._frames = dns.Frames(self.MAX_QUESTION)
-        self._left = self.MAX_QUESTIONS
+        self._held: set[Held] = set()
+        self.left = self.MAX_QUESTIONS
 
     def feed(self, data: bytes) -> bool:
         """Takes what was read; returns whether the connection may go on."""
@@ -157,11 +183,17 @@ class Stream:
         except dns.FramingError:
             return False
         for message in messages:
-            self._left -= 1
-            if self._left < 0:
+            self.left -= 1
+            if self.left < 0 or len(self._held) >= self.MAX_HELD or self._queries.crowded:
                 return False
-            self._queries.ask(message, self._attempt, self._to, self._reply, limit=dns.MAX_STREAM)
+            self._queries.ask(message, self._attempt, self._to, self._reply, self._held, limit=dns.MAX_STREAM)
         return True
+
+    def close(self) -> None:
+        """Nobody waits for answers any more."""
+        held, self._held = self._held, set()
+        for question in held:
+            question.withdraw()
 
     def _reply(self, message: bytes) -> None:
         self._write(dns.frame(message))

@@ -14,7 +14,7 @@ from errno import EHOSTUNREACH, ENETUNREACH
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
-_MAPPED = bytes(10) + b"\xff\xff"
+from corral.policy.names import unmapped
 
 # IANA's special-purpose registries (RFC 6890), without the documentation networks, which lead nowhere, and with what
 # clouds have put at public addresses.
@@ -69,8 +69,7 @@ def why_protected(packed: bytes) -> str:
     An IPv4 address in IPv6's notation (RFC 4291, section 2.5.5.2) is judged as the IPv4 address that is dialled: asked
     for the route of one of the host's own, the kernel has the one of IPv6, which leads away.
     """
-    if len(packed) == 16 and packed.startswith(_MAPPED):
-        packed = packed[12:]
+    packed = unmapped(packed)
     return _special(packed) or ("" if all(map(_leads_away, _ends(packed))) else "the host itself")
 
 

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+from corral.policy.names import unmapped
 from corral.reactor import Loop
 
 MAX_ADDRESSES = 16
@@ -98,7 +99,7 @@ def look_up(name: str) -> Resolved:
         return Resolved((), SHORTEST, f"the host cannot find it ({error.strerror or error})")
     except UnicodeError:
         return Resolved((), SHORTEST, "the host cannot find it (no such name)")
-    addresses = (socket.inet_pton(family, str(address[0]).partition("%")[0]) for family, *_, address in found)
+    addresses = (unmapped(socket.inet_pton(family, str(address[0]).partition("%")[0])) for family, *_, address in found)
     return Resolved(tuple(dict.fromkeys(addresses))[:MAX_ADDRESSES], SYSTEM_KEPT)
 
 

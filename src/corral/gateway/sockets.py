@@ -5,10 +5,11 @@ from __future__ import annotations
 import socket
 import struct
 
+from corral.policy.names import unmapped
+
 SO_ORIGINAL_DST = 80  # linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST has the same number
 IP_PKTINFO = 8
 IPV6_PKTINFO = socket.IPV6_PKTINFO
-_MAPPED = bytes(10) + b"\xff\xff"
 _PKTINFO4 = struct.Struct("=I4s4s")  # interface, local address, destination
 _PKTINFO6 = struct.Struct("=16sI")
 _TCP_INFO_BYTES = 160
@@ -20,14 +21,10 @@ Place = tuple[bytes, int]
 """An address of 4 or 16 bytes, and a port."""
 
 
-def _plain(packed: bytes) -> bytes:
-    return packed[12:] if len(packed) == 16 and packed.startswith(_MAPPED) else packed
-
-
 def place_of(address: tuple[str, int] | tuple[str, int, int, int]) -> Place:
     """What Python's socket module calls an address."""
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    return _plain(socket.inet_pton(family, address[0].partition("%")[0])), address[1]
+    return unmapped(socket.inet_pton(family, address[0].partition("%")[0])), address[1]
 
 
 def original_destination(sock: socket.socket) -> Place:
@@ -36,7 +33,7 @@ def original_destination(sock: socket.socket) -> Place:
         raw = sock.getsockopt(socket.SOL_IP, SO_ORIGINAL_DST, 16)
         return raw[4:8], int.from_bytes(raw[2:4], "big")
     raw = sock.getsockopt(socket.IPPROTO_IPV6, SO_ORIGINAL_DST, 28)
-    return _plain(raw[8:24]), int.from_bytes(raw[2:4], "big")
+    return unmapped(raw[8:24]), int.from_bytes(raw[2:4], "big")
 
 
 def receive_datagram(sock: socket.socket, size: int) -> tuple[bytes, tuple[str, int], Place]:

@@ -69,7 +69,7 @@ class StubLookup:
 
 
 def _together(answers: list[Resolved]) -> Resolved:
-    addresses = tuple(address for answer in answers for address in answer.addresses)[:MAX_ADDRESSES]
+    addresses = tuple(dict.fromkeys(address for answer in answers for address in answer.addresses))[:MAX_ADDRESSES]
     if addresses:
         return Resolved(addresses, min(answer.kept for answer in answers if answer.addresses))
     return Resolved((), 1.0, next(answer.problem for answer in answers))

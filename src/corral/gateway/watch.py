@@ -8,9 +8,10 @@ A flow that was recognised as none of these goes on being looked at, in both dir
 * after that up to MAX_WATCHED bytes, the beginnings of lines, and the first bytes after the other side has spoken;
   miners everywhere.
 
-What is found depends on the bytes and on the order in which the two sides send them, not on their pieces. The gateway
-keeps at most MAX_FIRST + 4 KiB for it. Who has a destination that policy opens to any TCP can hide more than this
-finds; it finds the programs that exist.
+What is found depends on the bytes and on the order in which the two sides send them, not on their pieces, except that a
+beginning in very many pieces, which would have to be read again with each, ends the flow (MAX_READ). The gateway keeps
+at most MAX_FIRST + 4 KiB for it. Who has a destination that policy opens to any TCP can hide more than this finds; it
+finds the programs that exist.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from dataclasses import dataclass
 from enum import Enum
 
 from corral.gateway.mining import SAID
-from corral.gateway.recognise import Protocol, recognise
+from corral.gateway.recognise import MAX_FIRST, Protocol, recognise
 
 MAX_KEEN = 1 << 16
 MAX_WATCHED = 1 << 24
+MAX_READ = 1 << 21
+"""Bytes that a beginning may cost: it is read again, whole, with each of its pieces, until it is told apart."""
 _CARRY = 512
 """Bytes that are kept to find what lies across two pieces; no pattern is longer."""
 
@@ -59,6 +62,8 @@ class _Group(Enum):
     STARTTLS = Finding(Protocol.TLS, "STARTTLS", starttls=True)
 
 
+PIECEMEAL = Finding(Protocol.TCP, "a beginning in more pieces than are read")
+"""What could be anything still, and comes so slowly that only looking for ever would tell."""
 AGREED = Finding(Protocol.TLS, "TLS after STARTTLS", starttls=True)
 """The TLS that was asked for: what follows is encrypted."""
 
@@ -175,6 +180,7 @@ class Watch:
         self._sides = {direction: _Side(direction) for direction in Direction}
         self._speaks: Direction | None = None
         self._first: bytes | None = b""
+        self._read = 0
         self._asked = False
         """TLS was asked for."""
         self._greeting = b""
@@ -214,9 +220,10 @@ class Watch:
         if self._first is None:
             return []
         self._first += data
+        self._read += min(len(self._first), MAX_FIRST)
         found = recognise(self._first)
         if found is None:
-            return []
+            return [PIECEMEAL] if self._read > MAX_READ else []
         self._first = None
         server_first = self._sides[Direction.DOWN].seen > 0
         if found.protocol is Protocol.TCP or (found.protocol is Protocol.SOCKS and server_first):

@@ -70,7 +70,10 @@ class Destinations:
         self._networks: dict[tuple[int, int], dict[int, list[int]]] = {}
         """By size of the address and bits that do not matter: the numbers that the others make."""
         self._both: dict[int, _Net] = {}
-        self._requests = {index: Requests(rule.requests) for index, rule in enumerate(rules) if rule.requests}
+        certain = self._certain
+        self._requests = {
+            index: Requests(rule.requests, certain=certain) for index, rule in enumerate(rules) if rule.requests
+        }
         for index, rule in enumerate(rules):
             if rule.name is not None:
                 name = rule.name[1:] if rule.name.startswith("*.") else rule.name
@@ -151,7 +154,7 @@ class Destinations:
 
     def _request_holds(self, index: int, request: Request | None) -> bool:
         requests = self._requests.get(index)
-        return request is None or requests is None or requests.name(request, certain=self._certain)
+        return request is None or requests is None or requests.name(request)
 
     def naming(self, name: str | None, *, wholly: bool) -> list[int]:
         """The rules that are about a name; with ``wholly`` those only that hold for all that could be done with it."""

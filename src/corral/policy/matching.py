@@ -19,12 +19,12 @@ from socket import AF_INET, AF_INET6, inet_pton
 
 from corral.actions import Program, Query
 from corral.policy.model import DataRule, ExecRule, ModelRule
+from corral.policy.names import unmapped
 
 Matcher = Callable[[str], object]
 """Says by its truth whether a text matches."""
 
 _MAGIC = frozenset("*?\\")
-_MAPPED = bytes(10) + b"\xff\xff"
 
 
 # ---- globs ----
@@ -139,8 +139,7 @@ def _path_pattern(glob: str) -> str:
 
 def packed_address(text: str) -> bytes:
     """4 or 16 bytes; IPv4-mapped IPv6 as 4. Raises ValueError (or OSError) for what is no address."""
-    packed = inet_pton(AF_INET6 if ":" in text else AF_INET, text)
-    return packed[12:] if packed.startswith(_MAPPED) and len(packed) == 16 else packed
+    return unmapped(inet_pton(AF_INET6 if ":" in text else AF_INET, text))
 
 
 # ---- programs ----

@@ -118,10 +118,14 @@ def canonical_address(text: str) -> str:
     return address_of(_packed(text))
 
 
+def unmapped(packed: bytes) -> bytes:
+    """An address of 4 or 16 bytes; one of IPv4 in IPv6's notation as the IPv4 address that is meant."""
+    return packed[12:] if len(packed) == 16 and packed.startswith(_MAPPED) else packed
+
+
 def address_of(packed: bytes) -> str:
     """The same for the 4 or 16 bytes of an address in network order, as the kernel has it."""
-    if len(packed) == 16 and packed.startswith(_MAPPED):
-        packed = packed[12:]
+    packed = unmapped(packed)
     return inet_ntop(AF_INET if len(packed) == 4 else AF_INET6, packed)
 
 

@@ -10,10 +10,10 @@ from typing import Protocol
 
 from corral.actions import Attempt, Decision, Endpoint, Opinion, Transport, Verdict
 from corral.policy.matching import packed_address
+from corral.policy.names import unmapped
 from corral.supervisor.sockets import Copy
 
 DNS_PORT = 53
-_MAPPED = bytes(10) + b"\xff\xff"
 _LOOPBACK6 = bytes(15) + b"\x01"
 
 
@@ -61,5 +61,4 @@ def _address(raw: bytes) -> tuple[bytes, int]:
     port = int.from_bytes(raw[2:4], "big")
     if int.from_bytes(raw[:2], "little") == AF_INET:
         return raw[4:8], port
-    packed = raw[8:24]
-    return packed[12:] if packed.startswith(_MAPPED) else packed, port
+    return unmapped(raw[8:24]), port
