@@ -1,4 +1,4 @@
-"""What the way out costs: a start, a connection, a query, a stream, a stream that is looked at, an idle connection, a crowd."""
+"""What the way out costs: a start, a connection, a query, a stream, one that is looked at, idle connections, crowds."""
 
 from __future__ import annotations
 
