@@ -278,10 +278,13 @@ def test_nothing_survives_the_death_of_its_controller(
     command = [sys.executable, "-c", CONTROLLER, str(workspace), compile_c(STUBBORN)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as controller:
         assert controller.stdout is not None
-        pids = json.loads(controller.stdout.readline())
-        assert len(pids) > 60
-        os.kill(controller.pid, number)
-        controller.wait()
+        try:
+            pids = json.loads(controller.stdout.readline())
+            assert len(pids) > 60
+            os.kill(controller.pid, number)
+            controller.wait(60)  # for ever where the caller of the tests ignores SIGHUP (nohup)
+        finally:
+            controller.kill()
     assert wait_until(lambda: gone(pids))
 
     def groups() -> list[str]:
