@@ -66,13 +66,15 @@ class Log:
         self._journal = Journal(directory / "journal")
         self._tiles = Tiles(directory)
         self._checkpoints = Checkpoints(directory, signer, self._tiles)
-        self._waiting: deque[tuple[bytes, Done | None]] = deque()
+        self._waiting: deque[tuple[bytes | None, Done | None]] = deque()
+        """Entries to write, and in between (None) who waits for those before."""
         self._bytes = 0
         self._change = threading.Condition()
         self._appending, self._sealing = threading.Lock(), threading.Lock()
         """Against threads of this process, which share the locks that stand against others."""
         self._failure: CorralError | None = None
-        self._closing = False
+        self._closing = self._writing = False
+        self._callbacks: list[Callable[[CorralError], None]] = []
         self._written = threading.Event()
         self._lock = self._tiles_lock = self._segment = -1
         self._base = self._offset = self._count = 0
@@ -107,6 +109,37 @@ class Log:
             self._bytes += len(entry)
             if len(self._waiting) == 1:
                 self._change.notify_all()
+
+    def when_durable(self, done: Callable[[CorralError | None], None]) -> None:
+        """Calls back when all that this thread has submitted is durable, or with why something of it never will be: at
+        once, or later and by another thread. Does not raise."""
+        with self._change:
+            error = self._failure
+            if error is None and self._closing:
+                error = LogUnwritable("the log is closed")
+            if error is None and (self._waiting or self._writing):
+                self._waiting.append((None, lambda _, problem: done(problem)))
+                self._change.notify_all()
+                return
+        done(error)
+
+    def when_failed(self, callback: Callable[[CorralError], None]) -> Callable[[], None]:
+        """Calls back, by any thread, if the log can be written no more; at once where that is so already.
+
+        Returns what takes the callback back.
+        """
+        with self._change:
+            self._callbacks.append(callback)
+            error = self._failure
+        if error is not None:
+            callback(error)
+
+        def forget() -> None:
+            with self._change:
+                if callback in self._callbacks:
+                    self._callbacks.remove(callback)
+
+        return forget
 
     def append(self, entry: bytes) -> int:
         """Appends an entry and returns its number once it is durable. Raises LogUnwritable, or ValueError."""
@@ -187,35 +220,49 @@ class Log:
     def _write_all(self) -> None:
         while True:
             with self._change:
+                self._writing = False
                 while not self._waiting and not self._closing:
                     self._change.wait()
                 batch, self._waiting = self._waiting, deque()
-                self._bytes = 0
+                self._bytes, self._writing = 0, True
                 self._change.notify_all()
             if not batch:
                 return
-            first = -1
-            error = self._failure
-            if error is None:
-                try:
-                    first = self._write([entry for entry, _ in batch])
-                except CorralError as problem:
-                    error = problem
-                except OSError as problem:
-                    error = LogUnwritable(f"{self.directory}: cannot write the log: {problem.strerror}")
-                except Exception as problem:
-                    error = LogUnwritable(f"{self.directory}: cannot write the log ({type(problem).__name__})")
-            if error is not None:
-                self._fail(error)
-            for number, (_, done) in enumerate(batch, first):
+            number, error = self._write_safely([entry for entry, _ in batch if entry is not None])
+            for entry, done in batch:
                 if done is not None:
-                    done(-1 if error else number, error)
+                    self._tell(done, number, error)
+                number += entry is not None
             self._written.set()
+
+    def _tell(self, done: Done, number: int, error: CorralError | None) -> None:
+        try:
+            done(-1 if error else number, error)
+        except Exception as problem:  # this thread must live; what it could not tell may be waited for
+            self._fail(LogUnwritable(f"{self.directory}: nobody could be told ({type(problem).__name__})"))
+
+    def _write_safely(self, entries: list[bytes]) -> tuple[int, CorralError | None]:
+        error = self._failure
+        if error is None and entries:
+            try:
+                return self._write(entries), None
+            except CorralError as problem:
+                error = problem
+            except OSError as problem:
+                error = LogUnwritable(f"{self.directory}: cannot write the log: {problem.strerror}")
+            except Exception as problem:
+                error = LogUnwritable(f"{self.directory}: cannot write the log ({type(problem).__name__})")
+            self._fail(error)
+        return -1, error
 
     def _fail(self, error: CorralError) -> None:
         with self._change:
-            self._failure = self._failure or error
+            is_first, self._failure = self._failure is None, self._failure or error
+            callbacks = list(self._callbacks)
             self._change.notify_all()
+        if is_first:
+            for callback in callbacks:
+                callback(error)
 
     def _write(self, entries: list[bytes]) -> int:
         """Makes entries durable and returns the number of the first."""
