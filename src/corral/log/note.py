@@ -131,17 +131,31 @@ class KeyFile:
         self._verifier = Verifier(name, type, self._private.public_key().public_bytes_raw())
 
     @classmethod
-    def make(cls, path: str | os.PathLike[str], name: str, type: KeyType = KeyType.ED25519) -> KeyFile:
-        """A new key in a new file that only its owner can read. Raises NoteError, also where the file exists."""
+    def make(
+        cls, path: str | os.PathLike[str], name: str, type: KeyType = KeyType.ED25519, *, exist_ok: bool = False
+    ) -> KeyFile:
+        """A new key in a new file that only its owner can read, and that is whole from the moment that it is there.
+
+        Raises NoteError, also where the file exists; with ``exist_ok`` that is read then.
+        """
         made = cls(name, type, os.urandom(_KEY_SIZE))
         identifier = made.verifier.identifier.hex()
         encoded = base64.b64encode(bytes([type]) + made._seed).decode()
+        temporary = f"{os.fspath(path)}.{os.getpid()}"
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            with open(fd, "w", encoding="ascii") as file:
-                file.write(f"PRIVATE+KEY+{name}+{identifier}+{encoded}\n")
-                file.flush()
-                os.fsync(fd)
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                with open(fd, "w", encoding="ascii") as file:
+                    file.write(f"PRIVATE+KEY+{name}+{identifier}+{encoded}\n")
+                    file.flush()
+                    os.fsync(fd)
+                os.link(temporary, path)
+            finally:
+                os.unlink(temporary)
+        except FileExistsError as error:
+            if exist_ok:
+                return cls.read(path)
+            raise NoteError(f"{os.fspath(path)}: cannot make the key: {error.strerror}") from None
         except OSError as error:
             raise NoteError(f"{os.fspath(path)}: cannot make the key: {error.strerror}") from None
         return made

@@ -173,6 +173,18 @@ class Log:
         except OSError as error:
             raise LogUnwritable(f"{self.directory}: cannot write the tiles: {error.strerror}") from None
 
+    def rotate(self, signer: Signer) -> None:
+        """Has another key sign from now on, and both for what there is now.
+
+        Raises NoteError where the key has another name than the log; LogUnwritable or LogDamaged.
+        """
+        self.seal()
+        try:
+            with self._sealing, _locked(self._tiles_lock):
+                self._checkpoints.rotate(signer)
+        except OSError as error:
+            raise LogUnwritable(f"{self.directory}: cannot change the key: {error.strerror}") from None
+
     def close(self) -> None:
         """Writes what waits, signs for it, and closes. Raises LogUnwritable where that could not be done."""
         with self._change:

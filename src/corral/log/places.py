@@ -1,0 +1,71 @@
+"""Where the key of a log lies, and how the two are found together: ``DIR`` is the log, ``DIR.key`` what signs for it.
+
+The key is beside the log and not in it, so that the log can be served and copied as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from pathlib import Path
+
+from corral.log.note import KeyFile
+from corral.log.signing import KEYS
+from corral.log.tiles import sync_directory
+from corral.log.writer import Log, LogUnwritable
+
+
+def key_path(directory: Path) -> Path:
+    """The file of the key that signs for the log in a directory."""
+    return directory.with_name(f"{directory.name}.key")
+
+
+def open_log(directory: Path) -> Log:
+    """Opens a log for writing; where there is none, makes it, with a key of its own.
+
+    Raises:
+        NoteError: the key is missing, cannot be read, or is not that of the log.
+        LogUnwritable, LogDamaged: as :class:`~corral.log.writer.Log`.
+    """
+    directory = Path(os.path.abspath(directory))
+    path = key_path(directory)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not path.exists() and not (directory / KEYS).exists():
+            # Two who begin one log at once: the second finds the key of the first.
+            KeyFile.make(path, new_name(), exist_ok=True)
+            sync_directory(path.parent)
+    except OSError as error:
+        raise LogUnwritable(f"{directory}: cannot make the log: {error.strerror}") from None
+    return Log(directory, KeyFile.read(path))
+
+
+def rotate_key(directory: Path) -> KeyFile:
+    """Makes a new key for a log, has both sign for what is there, and keeps the old one as ``DIR.key.N``.
+
+    Raises as :func:`open_log`.
+    """
+    directory = Path(os.path.abspath(directory))
+    path = key_path(directory)
+    old = KeyFile.read(path)
+    number = 1
+    while path.with_name(f"{path.name}.{number}").exists():
+        number += 1
+    new_path = path.with_name(f"{path.name}.new")
+    new = KeyFile.make(new_path, old.verifier.name)
+    try:
+        with Log(directory, old) as log:
+            log.rotate(new)
+            os.rename(path, path.with_name(f"{path.name}.{number}"))
+            os.rename(new_path, path)
+            sync_directory(path.parent)
+    except OSError as error:
+        raise LogUnwritable(f"{path}: cannot put the new key in its place: {error.strerror}") from None
+    return new
+
+
+def new_name() -> str:
+    """A name for a log that no other has: of this machine, with something random."""
+    host = "".join(c for c in socket.gethostname() if c.isascii() and (c.isalnum() or c in "-.")) or "localhost"
+    return f"{host}/corral/{secrets.token_hex(4)}"
