@@ -100,6 +100,8 @@ class Verifier:
         message = text.encode()
         if self.type is KeyType.COSIGNATURE:
             seconds = int.from_bytes(content[:8], "big")
+            if seconds > MAX_SIZE:
+                raise NoteError(f"the cosignature of {self.name} has no time")
             message, content = _cosigned(seconds, message), content[8:]
         try:
             Ed25519PublicKey.from_public_bytes(self.key).verify(content, message)
@@ -152,6 +154,11 @@ class KeyFile:
                 os.link(temporary, path)
             finally:
                 os.unlink(temporary)
+            directory = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(directory)  # a log that was signed by a key that is gone could not be written any more
+            finally:
+                os.close(directory)
         except FileExistsError as error:
             if exist_ok:
                 return cls.read(path)
@@ -192,15 +199,19 @@ class KeyFile:
 
 
 def sign(text: str, signer: Signer) -> Signature:
-    """A signature of a log. ``text`` ends with a newline."""
+    """A signature of a log. ``text`` ends with a newline. Raises NoteError for the key of a witness."""
     own = signer.verifier
+    _require_type(own, KeyType.ED25519)
     return Signature(own.name, own.identifier, signer.sign(text.encode()))
 
 
 def cosign(text: str, signer: Signer, *, at: int | None = None) -> Signature:
-    """A signature of a witness, that it saw nothing at ``at`` (now, in seconds since the epoch) that contradicts it."""
+    """A signature of a witness, that it saw nothing at ``at`` (now, in seconds since the epoch) that contradicts it.
+
+    Raises NoteError for a key of another type."""
     seconds = int(time.time()) if at is None else at
     own = signer.verifier
+    _require_type(own, KeyType.COSIGNATURE)
     content = seconds.to_bytes(8, "big") + signer.sign(_cosigned(seconds, text.encode()))
     return Signature(own.name, own.identifier, content)
 
@@ -287,6 +298,7 @@ def open_checkpoint(encoded: bytes, verifier: Verifier) -> tuple[Checkpoint, Not
     """The checkpoint of a note that the log signed. Raises NoteError, also where it is one of another log."""
     note = parse_note(encoded)
     checkpoint = parse_checkpoint(note.text)
+    _require_type(verifier, KeyType.ED25519)
     if checkpoint.origin != verifier.name:
         raise NoteError("it is a checkpoint of another log")
     if not verifier.signed(note):
@@ -308,6 +320,11 @@ def _cosigned(seconds: int, text: bytes) -> bytes:
 
 def _identifier(name: str, type: KeyType, key: bytes) -> bytes:
     return sha256(name.encode() + b"\n" + bytes([type]) + key).digest()[:4]
+
+
+def _require_type(key: Verifier, type: KeyType) -> None:
+    if key.type is not type:
+        raise NoteError(f"the key of {key.name} is of type {key.type}, and this takes one of type {type}")
 
 
 def _require_name(name: str) -> None:
