@@ -167,7 +167,7 @@ def check(path: str, *, key: str, entry: str | None, witnesses: Sequence[str], q
 def show_keys(log: str | None, *, as_json: bool) -> None:
     """Prints the public halves of a log's keys: what to give to those who verify it."""
     keys = [str(key) for key in read_keys(directory_of(log))]
-    print(json.dumps(keys) if as_json else printable("\n".join(keys)))
+    print(json.dumps(keys) if as_json else "\n".join(map(printable, keys)))
 
 
 def make_key(path: str, name: str, *, witness: bool) -> None:
