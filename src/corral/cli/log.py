@@ -9,6 +9,7 @@ from pathlib import Path
 
 from corral.cli.foreground import complain, printable
 from corral.errors import RequestError
+from corral.log.gaps import Gaps
 from corral.log.merkle import ProofError
 from corral.log.note import KeyFile, KeyType, NoteError, Verifier, parse_verifier
 from corral.log.places import rotate_key
@@ -69,8 +70,9 @@ def verify(
     kept = [_content(path) for path in earlier]
     known = [parse_verifier(each) for each in witnesses]
     trusted = trusted_keys(directory, keys)
+    gaps = Gaps()
     if as_json or not sys.stderr.isatty():
-        report = verify_log(directory, trusted, witnesses=known, quorum=quorum, earlier=kept)
+        report = verify_log(directory, trusted, witnesses=known, quorum=quorum, earlier=kept, look=gaps)
     else:
         from rich.console import Console
         from rich.progress import Progress
@@ -83,6 +85,7 @@ def verify(
                 witnesses=known,
                 quorum=quorum,
                 earlier=kept,
+                look=gaps,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
     return _print_report(report, as_json=as_json)

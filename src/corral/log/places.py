@@ -8,12 +8,16 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import time
 from pathlib import Path
 
-from corral.log.note import KeyFile
-from corral.log.signing import KEYS
+from corral.log.events import Event, KeyRotated, LogRecovered
+from corral.log.note import KeyFile, NoteError
+from corral.log.records import Context, encode
+from corral.log.signing import KEYS, read_keys
 from corral.log.tiles import sync_directory
 from corral.log.writer import Log, LogUnwritable
+from corral.version import VERSION
 
 
 def key_path(directory: Path) -> Path:
@@ -38,7 +42,15 @@ def open_log(directory: Path) -> Log:
             sync_directory(path.parent)
     except OSError as error:
         raise LogUnwritable(f"{directory}: cannot make the log: {error.strerror}") from None
-    return Log(directory, KeyFile.read(path))
+    _finish_rotation(path)
+    log = Log(directory, KeyFile.read(path))
+    if log.recovery:
+        try:
+            _tell(log, LogRecovered(str(log.recovery)))
+        except BaseException:
+            log.close()
+            raise
+    return log
 
 
 def rotate_key(directory: Path) -> KeyFile:
@@ -48,21 +60,49 @@ def rotate_key(directory: Path) -> KeyFile:
     """
     directory = Path(os.path.abspath(directory))
     path = key_path(directory)
+    _finish_rotation(path)
     old = KeyFile.read(path)
-    number = 1
-    while path.with_name(f"{path.name}.{number}").exists():
-        number += 1
-    new_path = path.with_name(f"{path.name}.new")
-    new = KeyFile.make(new_path, old.verifier.name)
+    new = KeyFile.make(_successor(path), old.verifier.name)
     try:
         with Log(directory, old) as log:
+            _tell(log, KeyRotated(str(old.verifier), str(new.verifier)))
             log.rotate(new)
-            os.rename(path, path.with_name(f"{path.name}.{number}"))
-            os.rename(new_path, path)
-            sync_directory(path.parent)
+        _put_in_place(path)
     except OSError as error:
         raise LogUnwritable(f"{path}: cannot put the new key in its place: {error.strerror}") from None
     return new
+
+
+def _successor(path: Path) -> Path:
+    return path.with_name(f"{path.name}.new")
+
+
+def _put_in_place(path: Path) -> None:
+    number = 1
+    while path.with_name(f"{path.name}.{number}").exists():
+        number += 1
+    os.link(path, path.with_name(f"{path.name}.{number}"))
+    os.rename(_successor(path), path)
+    sync_directory(path.parent)
+
+
+def _finish_rotation(path: Path) -> None:
+    """A rotation that was cut short is finished where the log has the new key already, and forgotten where not."""
+    try:
+        new = KeyFile.read(_successor(path))
+    except NoteError:
+        return
+    keys = read_keys(path.with_name(path.name.removesuffix(".key")))
+    if keys and keys[-1] == new.verifier:
+        _put_in_place(path)
+    else:
+        _successor(path).unlink()
+
+
+def _tell(log: Log, event: Event) -> None:
+    """Records something about the log itself."""
+    nobody = Context("corral", VERSION, "", "", "", "", VERSION)
+    log.append(encode(event, nobody, sequence=0, at=time.time(), monotonic_ns=time.monotonic_ns()))
 
 
 def new_name() -> str:
