@@ -195,8 +195,7 @@ class _Run:
         self._loop.heed_signals()
         try:
             options, self._services = read_options(self._arguments)
-            self._open_log()
-            prepared = prepare(options)
+            prepared = prepare(self._open_log(options))
             if self._interrupted:
                 prepared.identity.release()
                 raise SandboxClosed(self._interrupted)
@@ -222,13 +221,16 @@ class _Run:
             raise
         return self._conclude(core, kept)
 
-    def _open_log(self) -> None:
-        if "log" in self._arguments.values:
-            from pathlib import Path
+    def _open_log(self, options: Options) -> Options:
+        """Opens the log, where there is to be one, and hides it from the sandbox."""
+        if "log" not in self._arguments.values:
+            return options
+        from pathlib import Path
 
-            from corral.log.places import open_log
+        from corral.log.places import files_of, open_log
 
-            self._log = open_log(Path(self._arguments.values["log"]))
+        self._log = open_log(Path(self._arguments.values["log"]))
+        return replace(options, hidden=files_of(self._log.directory))
 
     def _make(self, prepared: Prepared) -> Core:
         if self._log is None:

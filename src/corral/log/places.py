@@ -5,6 +5,7 @@ The key is beside the log and not in it, so that the log can be served and copie
 
 from __future__ import annotations
 
+import glob
 import os
 import secrets
 import socket
@@ -23,6 +24,12 @@ from corral.version import VERSION
 def key_path(directory: Path) -> Path:
     """The file of the key that signs for the log in a directory."""
     return directory.with_name(f"{directory.name}.key")
+
+
+def files_of(directory: Path) -> tuple[str, ...]:
+    """Everything that belongs to a log, so that it can be hidden from what is recorded in it (I4)."""
+    place = Path(os.path.realpath(directory))
+    return (str(place), *(str(key) for key in sorted(place.parent.glob(f"{glob.escape(place.name)}.key*"))))
 
 
 def open_log(directory: Path) -> Log:

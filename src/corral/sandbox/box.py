@@ -67,6 +67,11 @@ class Sandbox:
         log: Log | None = None,
     ) -> None:
         self._log = log
+        hidden: tuple[str, ...] = ()
+        if log is not None:
+            from corral.log.places import files_of
+
+            hidden = files_of(log.directory)
         self._options = Options(
             workspace=os.fspath(workspace),
             policy=policy or Policy(),
@@ -75,6 +80,7 @@ class Sandbox:
             listeners=tuple(listeners),
             environment=os.environ if environment is None else environment,
             label=label,
+            hidden=hidden,
         )
         self._keep = keep
         self._core: Core | None = None
