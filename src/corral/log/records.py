@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -86,54 +87,62 @@ def encode(event: Event, context: Context, *, sequence: int, at: float, monotoni
 
 
 def _encode(event: Event, context: Context, sequence: int, at: int, monotonic: int, bounds: Bounds) -> bytes:
-    plain, cut = _plain(event, bounds)
+    fields, cut = _plain(event, bounds)
     origin = event.action.origin if isinstance(event, Decision) else getattr(event, "origin", None)
     actor, own_origin, is_whole = _who(context, origin, bounds)
-    fields = {name: _json(value) for name, value in plain.items()}
+    values = fields_of(event, fields | _of_origin(origin), context, bounds)
     if origin is not None:
-        plain["origin"], fields["origin"] = {"sandbox": origin.sandbox, "exec": origin.exec}, own_origin
+        fields["origin"] = _Mark.ORIGIN
         cut += [] if is_whole else ["origin"]
-    about = fields_of(event, plain | {"process": _process_of(origin)}, context, bounds)
-    parts = {name: _json(value) for name, value in about.items()} | _common(context)
-    parts |= {"actor": actor, "time": str(at // 1000)}
-    word = _NAMES[type(event)]
-
-    def assembled() -> str:
-        metadata = f',"is_truncated":{"true" if cut else "false"},{_product(context)},"sequence":{sequence},'
-        own = (
-            f'"at":{at},"cut":{_json(sorted(cut))},"event":"{word}","fields":{_object(fields)},"monotonic":{monotonic}'
-        )
-        parts["metadata"] = f'{{"correlation_uid":{_json(context.session)}{metadata}"version":"{VERSION}"}}'
-        parts["unmapped"] = f'{{"corral":{{{own}}}}}'
-        return _object(parts)
-
+    own = {"event": _NAMES[type(event)], "fields": fields, "monotonic": monotonic, "at": at, "cut": sorted(cut)}
+    metadata = {"version": VERSION, "sequence": sequence, "correlation_uid": context.session, "is_truncated": bool(cut)}
+    values |= {
+        "time": at // 1000,
+        "actor": _Mark.ACTOR,
+        "device": _Mark.DEVICE,
+        "policy": _Mark.POLICY,
+        "metadata": metadata | {"product": _Mark.PRODUCT, "profiles": PROFILES},
+        "unmapped": {"corral": own},
+    }
+    fragments = {_Mark.ACTOR: actor, _Mark.ORIGIN: own_origin, **_common(context)}
     try:
-        return assembled().encode()
+        return _spliced(values, fragments).encode()
     except UnicodeEncodeError:
-        cut += [name for name, value in fields.items() if name not in cut and _SURROGATES.search(value)]
-        return _SURROGATES.sub("\ufffd", assembled()).encode()
+        damaged = {name for name, value in fields.items() if _SURROGATES.search(_json(value))}
+        own["cut"] = sorted({*cut, *damaged, *(["origin"] if _SURROGATES.search(own_origin) else [])})
+        metadata["is_truncated"] = True
+        values["metadata"] = metadata | {"product": _Mark.PRODUCT, "profiles": PROFILES}
+        return _SURROGATES.sub("\ufffd", _spliced(values, fragments)).encode()
 
 
 _json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
 
-def _object(parts: dict[str, str]) -> str:
-    """An object of values that are JSON already."""
-    return "{" + ",".join([f'"{name}":{parts[name]}' for name in sorted(parts)]) + "}"
+class _Mark:
+    """Texts in whose place something stands that is JSON already: what a session, or a process, has in all its records.
+
+    Nobody who wants to have something put into a record can guess them.
+    """
+
+    ACTOR, DEVICE, ORIGIN, POLICY, PRODUCT = (secrets.token_hex(16) for _ in range(5))
 
 
-# A session has few contexts, and a process that does much does it again and again.
+def _spliced(values: dict[str, Any], fragments: dict[str, str]) -> str:
+    text = _json(values)
+    for mark, fragment in fragments.items():
+        text = text.replace(f'"{mark}"', fragment, 1)
+    return text
 
 
 @lru_cache(maxsize=64)
 def _common(context: Context) -> dict[str, str]:
-    return {name: _json(value) for name, value in common(context).items()}
-
-
-@lru_cache(maxsize=64)
-def _product(context: Context) -> str:
+    parts = common(context)
     product = {"name": "Corral", "vendor_name": "Corral", "version": context.product_version}
-    return f'"product":{_json(product)},"profiles":{_json(PROFILES)}'
+    return {
+        _Mark.DEVICE: _json(parts["device"]),
+        _Mark.POLICY: _json(parts["policy"]),
+        _Mark.PRODUCT: _json(product),
+    }
 
 
 @lru_cache(maxsize=1024)
@@ -143,8 +152,12 @@ def _who(context: Context, origin: Origin | None, bounds: Bounds) -> tuple[str, 
     return _json(actor(context, plain, bounds)), _json(plain), is_whole
 
 
-def _process_of(origin: Origin | None) -> dict[str, Any] | None:
-    return {"pid": origin.process.pid} if origin is not None and origin.process is not None else None
+def _of_origin(origin: Origin | None) -> dict[str, Any]:
+    """What is said of an origin elsewhere in a record."""
+    if origin is None:
+        return {}
+    process = {"pid": origin.process.pid} if origin.process is not None else None
+    return {"origin": {"sandbox": origin.sandbox, "exec": origin.exec}, "process": process}
 
 
 def _plain(event: Event, bounds: Bounds) -> tuple[dict[str, Any], list[str]]:
