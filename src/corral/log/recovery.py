@@ -51,12 +51,17 @@ class Recovery:
         return "; ".join(part for part in parts if part)
 
 
-def recover(journal: Journal, tiles: Tiles, signed: Checkpoint) -> Recovery:
-    """Raises LogDamaged where what was signed, or was durable after that, cannot be had again; OSError."""
+def recover(journal: Journal, tiles: Tiles, signed: Checkpoint, written: int = 0) -> Recovery:
+    """``written`` is how many entries the log has had, as far as that is known.
+
+    Raises LogDamaged where what was signed, or was durable after that, cannot be had again; OSError.
+    """
     # After a failure of power or of the disk, what was not synced may be anything. Else it is as it was written.
     sure = _same_boot(journal)
     bases = journal.segments()
     end, dropped, torn = _cut(journal, bases[-1], sure=sure) if bases else (0, 0, True)
+    if sure and max(end, signed.size) < written:
+        raise LogDamaged(f"journal: the entries from {max(end, signed.size)} up to {written} are missing")
     rebuilt = False
     if not sure or not _fits(tiles, signed):
         rebuilt = bool(bases) and _rebuild(journal, tiles, min(end, signed.size))

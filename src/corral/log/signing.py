@@ -115,12 +115,13 @@ class Checkpoints:
         found = read_checkpoint(self._directory, keys or (own,))
         if found is None and (any(self._directory.glob("journal/[0-9]*")) or (self._directory / "tile").exists()):
             raise LogDamaged(f"{CHECKPOINT} and {_COPY} are both missing, and the log has entries")
-        if not keys:
-            if found is not None:
-                raise NoteError(f"{KEYS}: it is missing, and the log has a checkpoint")
-            write_file(self._directory / KEYS, f"{own}\n".encode())
+        if not keys and found is not None:
+            raise NoteError(f"{KEYS}: it is missing, and the log has a checkpoint")
         if found is None:
-            self._sign(Checkpoint(self.origin, 0, EMPTY))
+            content = self._encoded(self._signed(Checkpoint(self.origin, 0, EMPTY)))
+            if not keys:
+                write_file(self._directory / KEYS, f"{own}\n".encode())
+            self._write(content)
 
     def _require_own(self, keys: tuple[Verifier, ...]) -> None:
         if keys[-1:] != (self._signer.verifier,):
@@ -137,11 +138,13 @@ class Checkpoints:
             raise NoteError(f"the new key must have the name of the log, {self.origin}")
         keys = read_keys(self._directory)
         now = read_checkpoint(self._directory, keys)
+        text, signatures = (now[1].text, now[1].signatures) if now else (Checkpoint(new.name, 0, EMPTY).text(), ())
+        content = Note(text, (*signatures, sign(text, signer))).encode()
+        open_checkpoint(content, new)
         self._signer = signer
         lines = "".join(f"{key}\n" for key in (*keys, new))
         write_file(self._directory / KEYS, lines.encode())
-        if now is not None:
-            self._write(Note(now[1].text, (*now[1].signatures, sign(now[1].text, signer))))
+        self._write(content)
 
     def read(self) -> Checkpoint:
         """The newest one; that of the empty tree where there is none. Raises NoteError or LogDamaged."""
@@ -164,12 +167,19 @@ class Checkpoints:
             check_consistency(consistency_proof(old.size, size, subtree), old.size, size, old.root, root)
         except ProofError as error:
             raise LogDamaged(f"the tiles do not continue the tree of {old.size} that was signed: {error}") from None
-        return self._sign(Checkpoint(self.origin, size, root))
+        new = Checkpoint(self.origin, size, root)
+        self._write(self._encoded(self._signed(new)))
+        return new
 
-    def _sign(self, checkpoint: Checkpoint) -> Checkpoint:
+    def _signed(self, checkpoint: Checkpoint) -> Note:
         text = checkpoint.text()
-        self._write(Note(text, (sign(text, self._signer),)))
-        return checkpoint
+        return Note(text, (sign(text, self._signer),))
+
+    def _encoded(self, note: Note) -> bytes:
+        """Raises NoteError for what would not be read again, such as a signature of a device that is wrong."""
+        content = note.encode()
+        open_checkpoint(content, self._signer.verifier)
+        return content
 
     def add(self, size: int, signatures: tuple[Signature, ...]) -> None:
         """Adds cosignatures to the checkpoint of that size, if it still is the newest. Raises NoteError; OSError."""
@@ -180,12 +190,9 @@ class Checkpoints:
                 for each in found[1].signatures
                 if all((each.name, each.identifier) != (new.name, new.identifier) for new in signatures)
             ]
-            self._write(Note(found[1].text, (*kept, *signatures)))
+            self._write(self._encoded(Note(found[1].text, (*kept, *signatures))))
 
-    def _write(self, note: Note) -> None:
-        """Raises NoteError for what would not be read again, such as a signature of a device that is wrong; OSError."""
-        content = note.encode()
-        open_checkpoint(content, self._signer.verifier)
+    def _write(self, content: bytes) -> None:
         write_file(self._directory / _COPY, content)
         write_file(self._directory / CHECKPOINT, content, durable=False)
 

@@ -219,7 +219,8 @@ class Log:
         self._tiles_lock = os.open(self._journal.directory / "lock.tiles", flags, 0o600)
         with _locked(self._tiles_lock), _locked(self._lock):
             self._checkpoints.claim()
-            self.recovery: Recovery = recover(self._journal, self._tiles, self._checkpoints.read())
+            _, written = self._known()
+            self.recovery: Recovery = recover(self._journal, self._tiles, self._checkpoints.read(), written)
             """What was mended."""
             self._checkpoints.publish()
             self._take(self._journal.segments()[-1])
@@ -329,6 +330,7 @@ class Log:
             raise
         self._offset += len(data)
         self._count += len(frames)
+        os.pwrite(self._lock, b"%020d" % (self._base + self._count), 20)
 
     def _roll(self, number: int) -> None:
         """Begins another file. Whatever is in the old one is durable then, for those who sync only the new one."""
@@ -350,7 +352,7 @@ class Log:
 
     def _catch_up(self) -> None:
         """Takes up what other processes have written. Raises LogDamaged where somebody else has been at the files."""
-        current = int(os.pread(self._lock, 20, 0))
+        current, _ = self._known()
         if current > self._base:
             self._take(current)
         status = os.fstat(self._segment)
@@ -358,6 +360,13 @@ class Log:
             raise LogDamaged(f"journal/{self._journal.path(self._base).name}: it was cut off, removed or replaced")
         if status.st_size > self._offset:
             self._read_on()
+
+    def _known(self) -> tuple[int, int]:
+        """What the file of the lock says: the first number of the journal's last file, and how many entries there were
+        written. Not durable; below zero where it says nothing."""
+        said = os.pread(self._lock, 40, 0)
+        base, written = (int(part) if part.isdigit() else -1 for part in (said[:20], said[20:]))
+        return base, written
 
     def _read_on(self) -> None:
         frames = read_frames(self._segment, self._base + self._count, self._offset)
