@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -92,7 +93,7 @@ class Fixture:
 
     def __init__(self, *verdicts: Verdict, grant: str = "", persons: Persons | NobodyToAsk | None = None) -> None:
         parts = [Says(verdict, name) for name, verdict in zip(SLOTS, verdicts, strict=False)]
-        named = dict(zip(SLOTS, parts, strict=False))
+        named: dict[str, Any] = dict(zip(SLOTS, parts, strict=False))
         if "autonomy" in named:
             named["autonomy"].grant = grant
         self.parts = named
