@@ -187,17 +187,18 @@ def race():
     while not over:
         ctypes.memmove(where, evil, 16); ctypes.memmove(where, good, 16)
 thread = threading.Thread(target=race); thread.start()
-count = 0
-for _ in range(40):
+count = tried = 0
+while tried < 40 or (not 0 < count < tried and tried < 4000):
+    tried += 1
     s = socket.socket()
     if libc.connect(s.fileno(), where, 16) == 0:
         count += 1
         s.sendall(b"GET / HTTP/1.1\r\nHost: 203.0.113.80\r\n\r\n"); heard(s, 0.2)
     s.close()
 over = True; thread.join()
-tell(count)
+tell([count, tried])
 """
-    count = await attack(box, code, EVIL)
+    count, tried = await attack(box, code, EVIL)
     found = nothing_arrived(internet, addresses=["203.0.113.80"])
-    assert 0 < len(found) <= count < 40
+    assert 0 < len(found) <= count < tried
     refused(box, Kind.NET_CONNECT, f"{EVIL}:80", NOTHING_ALLOWS)

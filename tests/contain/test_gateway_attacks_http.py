@@ -4,6 +4,7 @@ is good for."""
 from __future__ import annotations
 
 import asyncio
+import re
 
 import pytest
 
@@ -81,6 +82,23 @@ SMUGGLED = {
 }
 
 
+def without_chunks(head: bytes) -> bytes:
+    """What arrived, without the content of whole chunks after a head that says that there are some (RFC 9112, 7.1)."""
+    start, end, rest = head.partition(b"\r\n\r\n")
+    if b"transfer-encoding: chunked" not in start.lower():
+        return head
+    while chunk := re.match(rb"([0-9A-Fa-f]{1,4})\r\n", rest):
+        after = chunk.end() + int(chunk[1], 16)
+        if after >= len(rest):  # it was cut off within
+            return start + end
+        if rest[after : after + 2] != b"\r\n":
+            break
+        rest = rest[after + 2 :]
+        if int(chunk[1], 16) == 0:
+            break
+    return start + end + rest
+
+
 async def test_smuggled_requests(make_box: MakeBox, internet: Internet) -> None:
     """A11: the server of the little internet takes anything, so what gets there shows. Both ways: at once, by bytes."""
     box = await make_box(policy=policy_of("allow: [web.test:80]"))
@@ -106,8 +124,8 @@ with concurrent.futures.ThreadPoolExecutor(24) as pool:
         fields = [(key.lower(), value) for key, value in request.headers]
         assert [value for key, value in fields if key == "host"] == ["web.test"], request
         assert len([key for key, _ in fields if key in ("content-length", "transfer-encoding")]) <= 1, request
-    # A chunk may hold anything, and one of 2**64 bytes is never over: as the body that it is, in a chunk of its own.
-    raw = [arrival.head.replace(b"\r\n2e\r\nGET /smuggled HTTP/1.1\r\nHost: evil.example", b"") for arrival in found]
+    # A chunk may hold anything, and one of 2**64 bytes is never over: as the body that it is, in chunks of its own.
+    raw = [without_chunks(arrival.head) for arrival in found]
     assert not any(b"evil.example" in head or b"smuggled" in head for head in raw), raw
     told = {rule for _, rule, _ in requests_refused(box)}
     assert "gateway.http" in told

@@ -279,6 +279,18 @@ def test_files_of_the_journal_that_come_back_after_a_failure_of_power_do_no_harm
         goes_on(again, [entry(number) for number in range(1000)], checkpoint(place / "crash"))
 
 
+def test_what_a_failure_of_power_took_is_not_missed_later(place: Path, power_fails: Callable[[], None]) -> None:
+    crash = crashed(place / "log", 6, 12, place / "crash")
+    segment = crash / f"journal/{0:020d}"
+    power_fails()
+    os.truncate(segment, segment.stat().st_size - 20)
+    for dropped in (8, 0):
+        with Log(crash, KEY, checkpoint_every=3600) as log:
+            assert log.recovery.dropped == dropped
+    assert segment.stat().st_mode & 0o777 == 0o600
+    goes_on(crash, [entry(number) for number in range(10)])
+
+
 # ---- damaged ----
 
 

@@ -57,7 +57,7 @@ def recover(journal: Journal, tiles: Tiles, signed: Checkpoint, written: int = 0
     Raises LogDamaged where what was signed, or was durable after that, cannot be had again; OSError.
     """
     # After a failure of power or of the disk, what was not synced may be anything. Else it is as it was written.
-    sure = _same_boot(journal)
+    sure = same_boot(journal)
     bases = journal.segments()
     end, dropped, torn = _cut(journal, bases[-1], sure=sure) if bases else (0, 0, True)
     if sure and max(end, signed.size) < written:
@@ -97,9 +97,8 @@ def _cut(journal: Journal, base: int, *, sure: bool) -> tuple[int, int, bool]:
     finally:
         os.close(fd)
     if not sure and frames.entries:  # a sync that failed is not told twice: only a new file is sure to be on the disk
-        write_file(
-            journal.path(base), b"".join(frame(number, entry) for number, entry in enumerate(frames.entries, base))
-        )
+        content = b"".join(frame(number, entry) for number, entry in enumerate(frames.entries, base))
+        write_file(journal.path(base), content, mode=0o600)
     return end, frames.rest, frames.torn
 
 
@@ -122,7 +121,7 @@ def require_signed(tiles: Tiles, begin: int, size: int, entries: list[bytes]) ->
 
 def keep_aside(journal: Journal, fd: int, offset: int, number: int) -> None:
     """Cuts off what follows ``offset``, and keeps it for whoever wants to know what it was. Raises OSError."""
-    write_file(journal.directory / f"dropped-{number}", os.pread(fd, _MAX_KEPT, offset), durable=False)
+    write_file(journal.directory / f"dropped-{number}", os.pread(fd, _MAX_KEPT, offset), durable=False, mode=0o600)
     os.ftruncate(fd, offset)
     os.fdatasync(fd)
 
@@ -160,14 +159,15 @@ def _restore(journal: Journal, tiles: Tiles, size: int, bases: list[int], end: i
     entries = tiles.entries(begin // WIDTH, size - begin) if size > begin else []
     os.sync()  # which tiles are durable, the journal that is lost would have said
     content = b"".join(frame(begin + at, entry) for at, entry in enumerate(entries))
-    write_file(journal.path(begin), content)
+    write_file(journal.path(begin), content, mode=0o600)
     for base in bases:
         if base != begin:
             os.unlink(journal.path(base))
     return size - end
 
 
-def _same_boot(journal: Journal) -> bool:
+def same_boot(journal: Journal) -> bool:
+    """Whether all that was written since the log was last made whole is as it was written, synced or not."""
     try:
         return (journal.directory / "boot").read_bytes() == _BOOT.read_bytes()
     except OSError:
@@ -181,5 +181,5 @@ def distrust(journal: Journal) -> None:
 
 
 def _note_boot(journal: Journal) -> None:
-    if not _same_boot(journal):
+    if not same_boot(journal):
         write_file(journal.directory / "boot", _BOOT.read_bytes())

@@ -25,7 +25,7 @@ from corral.diskspace import spare_bytes
 from corral.errors import CorralError
 from corral.log.journal import Journal, frame, read_frames
 from corral.log.note import Checkpoint, Signer
-from corral.log.recovery import Recovery, altered, distrust, keep_aside, recover, require_signed
+from corral.log.recovery import Recovery, altered, distrust, keep_aside, recover, require_signed, same_boot
 from corral.log.signing import Checkpoints
 from corral.log.tiles import MAX_ENTRY, WIDTH, LogDamaged, Tiles, make_directory
 
@@ -219,6 +219,8 @@ class Log:
         self._tiles_lock = os.open(self._journal.directory / "lock.tiles", flags, 0o600)
         with _locked(self._tiles_lock), _locked(self._lock):
             self._checkpoints.claim()
+            if not same_boot(self._journal):  # what was written then may be lost, and is not missed
+                os.pwrite(self._lock, b"%020d" % 0, 20)
             _, written = self._known()
             self.recovery: Recovery = recover(self._journal, self._tiles, self._checkpoints.read(), written)
             """What was mended."""
