@@ -322,6 +322,31 @@ def test_a_new_key_signs_and_the_old_one_stays_known(cli: CommandLine, place: Pa
     assert key_path(place).with_name("log.key.1").exists()
 
 
+def test_a_witness_cosigns_what_continues(cli: CommandLine, place: Path, tmp_path: Path) -> None:
+    assert cli.run("--log", str(place), "--", "true").returncode == 0
+    key = command(cli, "keys", "--log", str(place)).stdout.decode().strip()
+    own = tmp_path / "witness.key"
+    verifier = command(cli, "key", str(own), "witness.example/one", "--witness").stdout.decode().strip()
+    words = ("log", "witness", str(tmp_path / "memory"), "--key", str(own), "--log", key, "--listen", "127.0.0.1:0")
+    with cli.start(*words) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().decode().strip() == verifier
+            address = process.stdout.readline().decode().rpartition(" ")[2].strip()
+            asked = ("--log", str(place), "--witness", f"http://{address}={verifier}")
+            assert command(cli, "cosign", *asked).returncode == 0
+            checked = ("--log", str(place), "--key", key, "--witness", verifier, "--quorum", "1")
+            assert command(cli, "verify", *checked).returncode == 0
+            assert cli.run("--log", str(place), "--", "true").returncode == 0
+            done = command(cli, "verify", *checked)
+            assert (done.returncode, b"cosignature" in done.stdout) == (1, True)
+            assert command(cli, "cosign", *asked).returncode == 0
+            assert command(cli, "verify", *checked).returncode == 0
+        finally:
+            process.terminate()
+        assert process.wait(30) == 0
+
+
 @pytest.mark.parametrize("words", [("verify",), ("keys",), ("prove", "0"), ("checkpoint",), ("rotate",)])
 def test_where_there_is_no_log_that_is_said(cli: CommandLine, tmp_path: Path, words: tuple[str, ...]) -> None:
     done = command(cli, *words, "--log", str(tmp_path / "nothing"))

@@ -189,3 +189,55 @@ def show_checkpoint(log: str | None) -> None:
         sys.stdout.write((directory_of(log) / CHECKPOINT).read_text("utf-8"))
     except OSError as error:
         raise NoteError(f"{CHECKPOINT}: {error.strerror}") from None
+
+
+# ---- witnesses ----
+
+
+def cosign(log: str | None, witnesses: Sequence[str], quorum: int, *, as_json: bool) -> int:
+    """Asks witnesses. Returns the exit code: 1 where fewer than ``quorum`` have cosigned."""
+    from corral.log.cosigning import cosign_log, parse_address
+    from corral.log.places import open_log
+
+    directory = directory_of(log)
+    addresses = [parse_address(each) for each in witnesses]
+    with open_log(directory) as opened:
+        outcomes = cosign_log(opened, addresses)
+    done = {each.witness for each in outcomes if each.signature is not None}
+    if as_json:
+        print(json.dumps([{"witness": each.witness, "problem": each.problem or None} for each in outcomes]))
+    else:
+        for each in outcomes:
+            print(printable(f"{each.witness}: {each.problem or 'has cosigned'}"))
+    return 0 if len(done) >= quorum else 1
+
+
+def witness(state: str, key: str, logs: Sequence[str], listen: str) -> None:
+    """Serves a witness until it is told to end."""
+    import signal
+
+    from corral.log.witness import Witness
+    from corral.log.witness_server import WitnessServer
+
+    known: dict[str, tuple[Verifier, ...]] = {}
+    for each in logs:
+        verifier = parse_verifier(each)
+        known[verifier.name] = (*known.get(verifier.name, ()), verifier)
+    address, _, port = listen.rpartition(":")
+    if not address or not port.isdigit():
+        raise RequestError(f"--listen {listen}: it is written as ADDRESS:PORT")
+    made = Witness(Path(state), KeyFile.read(key), known)
+    try:
+        server = WitnessServer(made, address.strip("[]"), int(port))
+    except OSError as error:
+        raise RequestError(f"--listen {listen}: {error.strerror}") from None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    host, actual = server.server_address[:2]
+    print(printable(str(made.verifier)))
+    print(printable(f"listening on {host!s}:{actual}"), flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.server_close()

@@ -134,3 +134,36 @@ def _key(
     from corral.cli.log import make_key
 
     make_key(path, name, witness=witness)
+
+
+@log_commands.command("cosign")
+@guarded
+def _cosign(
+    witness: Annotated[
+        list[str],
+        typer.Option("--witness", metavar="URL=KEY", help="Where a witness is, and its key; repeatable."),
+    ],
+    log: _Log = None,
+    quorum: Annotated[int, typer.Option("--quorum", min=0, help="So many must cosign.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Have witnesses cosign what is signed now.
+
+    Exit code: 1 where fewer than --quorum have. `corral log verify --witness KEY --quorum N` looks at it."""
+    from corral.cli.log import cosign
+
+    sys.exit(cosign(log, witness, quorum, as_json=as_json))
+
+
+@log_commands.command("witness")
+@guarded
+def _witness(
+    state: Annotated[str, typer.Argument(metavar="DIR", help="What it remembers; made where missing.")],
+    key: Annotated[str, typer.Option("--key", metavar="FILE", help="Its key, of `corral log key --witness`.")],
+    known: Annotated[list[str], typer.Option("--log", metavar="KEY", help="The key of a log; may be repeated.")],
+    listen: Annotated[str, typer.Option("--listen", metavar="ADDRESS:PORT")] = "127.0.0.1:8451",
+) -> None:
+    """Be a witness: cosign what continues the logs that one has seen, and nothing else (C2SP tlog-witness)."""
+    from corral.cli.log import witness
+
+    witness(state, key, known, listen)

@@ -24,7 +24,7 @@ from types import TracebackType
 from corral.diskspace import spare_bytes
 from corral.errors import CorralError
 from corral.log.journal import Journal, frame, read_frames
-from corral.log.note import Checkpoint, Signer
+from corral.log.note import Checkpoint, Signature, Signer
 from corral.log.recovery import Recovery, altered, distrust, keep_aside, recover, require_signed, same_boot
 from corral.log.signing import Checkpoints
 from corral.log.tiles import MAX_ENTRY, WIDTH, LogDamaged, Tiles, make_directory
@@ -188,6 +188,17 @@ class Log:
                 self._checkpoints.rotate(signer)
         except OSError as error:
             raise LogUnwritable(f"{self.directory}: cannot change the key: {error.strerror}") from None
+
+    def cosign(self, size: int, signatures: tuple[Signature, ...]) -> None:
+        """Adds the cosignatures of witnesses to the checkpoint of that size, if it is the newest still.
+
+        Raises NoteError, LogDamaged, or LogUnwritable.
+        """
+        try:
+            with self._sealing, _locked(self._tiles_lock):
+                self._checkpoints.add(size, signatures)
+        except OSError as error:
+            raise LogUnwritable(f"{self.directory}: cannot add cosignatures: {error.strerror}") from None
 
     def close(self) -> None:
         """Writes what waits, signs for it, and closes. Raises LogUnwritable where that could not be done."""
