@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from corral.version import VERSION
+
 if TYPE_CHECKING:
     from corral.errors import CorralError as CorralError
     from corral.errors import ExecError as ExecError
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
     from corral.sandbox.sync import SyncProcess as SyncProcess
     from corral.sandbox.sync import SyncSandbox as SyncSandbox
 
-__version__ = "0.1.0"
+
+__version__ = VERSION
 
 _HOMES = {
     "CommandFailed": "corral.sandbox.results",

@@ -25,6 +25,8 @@ from corral.sandbox.probes import State, Topic
 
 ROOT = os.geteuid() == 0
 USER = "corral-test"
+USERADD = ("useradd", "--create-home", "--key", "SUB_UID_COUNT=0", "--key", "SUB_GID_COUNT=0")
+"""As tests/as_user.sh: without a range of subordinate ids."""
 PACKAGES = str(Path(corral.__file__).parent.parent)
 EXAMINE = "import sys; from corral.cli.doctor import examine; sys.exit(examine(as_json=True))"
 # Answers one call with an errno, as a container's seccomp profile does: load nr; if it is the call, the errno; allow.
@@ -100,7 +102,7 @@ def patient(request: pytest.FixtureRequest) -> Iterator[Patient]:
         try:
             entry = pwd.getpwnam(USER)
         except KeyError:
-            subprocess.run(["useradd", "--create-home", USER], check=True)
+            subprocess.run([*USERADD, USER], check=True)
             entry = pwd.getpwnam(USER)
         uid, gid = entry.pw_uid, entry.pw_gid
         python = _python(uid, gid)

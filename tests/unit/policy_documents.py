@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from hypothesis import strategies as st
 
-from corral.actions import Verdict
+from corral.actions import Kind, Verdict
 from corral.policy.model import Credential, FlowLimits, Note, Permit, Policy, RequestRule
 
 Document = dict[str, Any]
@@ -152,6 +152,7 @@ DOCUMENTS: st.SearchStrategy[Document] = _section(
     model=_section(allow=MODELS, ask=MODELS, deny=MODELS),
     data=_section(allow=QUERIES, ask=QUERIES, deny=QUERIES),
     approvals=_section(timeout=st.floats(0.001, 1000) | st.just("5m"), freeze=st.booleans()),
+    log=_section(asynchronous=st.lists(st.sampled_from([each.value for each in Kind]), max_size=3)),
     detection=_section(rules=st.lists(PATHS, max_size=3)),
     autonomy=_section(level=st.integers(0, 9)),
     allow_degraded=st.lists(st.just("landlock"), max_size=2),

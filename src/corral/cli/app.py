@@ -7,13 +7,13 @@ import inspect
 import json
 import sys
 import time
-from collections.abc import Callable
-from functools import wraps
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any
 
 import typer
 
-from corral.cli.foreground import complain, printable
+from corral.cli.foreground import printable
+from corral.cli.guard import Json, guarded
+from corral.cli.log_app import log_commands
 from corral.cli.options import RUN_OPTIONS, Arguments
 from corral.errors import CorralError, RequestError
 
@@ -40,8 +40,6 @@ Examples:
   corral run --policy policy.yaml --record run.jsonl -- ./agent
 """
 
-P = ParamSpec("P")
-
 
 def _paragraph(examples: str) -> str:
     """Examples for a help text, whose lines stay as they are."""
@@ -67,24 +65,7 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-def _guarded(function: Callable[P, None]) -> Callable[P, None]:
-    """Corral's own errors become one line and their exit code; nothing ends in a traceback that a user could mend."""
-
-    @wraps(function)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            function(*args, **kwargs)
-        except CorralError as error:
-            complain(str(error))
-            raise typer.Exit(error.exit_code) from None
-        except BrokenPipeError:
-            sys.stderr.close()  # nobody reads any more: no second complaint at exit
-            raise typer.Exit(141) from None
-
-    return guarded
-
-
-@_guarded
+@guarded
 def _run(**given: Any) -> None:
     from corral.cli.run import run
 
@@ -129,15 +110,12 @@ app.command(
 )(_run)
 
 
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
 def _print_json(value: object) -> None:
     typer.echo(json.dumps(value, default=str))
 
 
 @app.command("exec", context_settings={"allow_interspersed_args": False})
-@_guarded
+@guarded
 def _exec(
     sandbox: Annotated[str, typer.Argument(metavar="ID", help="Id of a live sandbox, or its beginning.")],
     command: Annotated[list[str], typer.Argument(metavar="COMMAND")],
@@ -159,8 +137,8 @@ def _exec(
 
 
 @app.command("ps")
-@_guarded
-def _ps(as_json: _Json = False) -> None:
+@guarded
+def _ps(as_json: Json = False) -> None:
     """List the live sandboxes of this user."""
     from corral.sandbox.registry import list_sandboxes
 
@@ -198,33 +176,33 @@ _Ids = Annotated[list[str], typer.Argument(metavar="ID", help="Ids of live sandb
 
 
 @app.command("kill")
-@_guarded
+@guarded
 def _kill(sandboxes: _Ids) -> None:
     """End sandboxes with everything in them, at once."""
     _one_verb(sandboxes, "kill")
 
 
 @app.command("freeze")
-@_guarded
+@guarded
 def _freeze(sandboxes: _Ids) -> None:
     """Stop every process of sandboxes where it is."""
     _one_verb(sandboxes, "freeze")
 
 
 @app.command("thaw")
-@_guarded
+@guarded
 def _thaw(sandboxes: _Ids) -> None:
     """Let frozen sandboxes go on."""
     _one_verb(sandboxes, "thaw")
 
 
 @app.command("net")
-@_guarded
+@guarded
 def _net(
     sandbox: Annotated[
         str | None, typer.Argument(metavar="[ID]", help="Id of a live sandbox, or its beginning [default: all].")
     ] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
     watch: Annotated[bool, typer.Option("--watch", help="Go on, and print it every second.")] = False,
 ) -> None:
     """Show what goes through the gateway now."""
@@ -234,9 +212,9 @@ def _net(
 
 
 @app.command("pending")
-@_guarded
+@guarded
 def _pending(
-    as_json: _Json = False,
+    as_json: Json = False,
     watch: Annotated[bool, typer.Option("--watch", help="Go on, and print what comes.")] = False,
 ) -> None:
     """List the actions that are held until you answer."""
@@ -250,7 +228,7 @@ _Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why: rec
 
 
 @app.command("approve")
-@_guarded
+@guarded
 def _approve(
     held: _Held,
     session: Annotated[bool, typer.Option("--session", help="For every equal action of the session, too.")] = False,
@@ -265,7 +243,7 @@ def _approve(
 
 
 @app.command("deny")
-@_guarded
+@guarded
 def _deny(
     held: _Held,
     reason: _Reason = "",
@@ -279,13 +257,13 @@ def _deny(
 
 
 @app.command("diff")
-@_guarded
+@guarded
 def _diff(
     layer: Annotated[str | None, typer.Argument(metavar="[ID]", help="A kept layer [default: the last one].")] = None,
     workspace_only: Annotated[bool, typer.Option("--workspace-only", help="Leave home and system trees out.")] = False,
     patch: Annotated[bool, typer.Option("--patch", help="Print the workspace's changes as a patch.")] = False,
     list_all: Annotated[bool, typer.Option("--list", help="List the kept layers instead.")] = False,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Show what a run has changed."""
     from corral.cli.diff import list_layers_command, show_changes
@@ -297,7 +275,7 @@ def _diff(
 
 
 @app.command("discard")
-@_guarded
+@guarded
 def _discard(
     layers: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Kept layers.")] = None,
     every: Annotated[bool, typer.Option("--all", help="All kept layers.")] = False,
@@ -316,12 +294,13 @@ policy_commands = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Check, explain, test and propose policies."
 )
 app.add_typer(policy_commands, name="policy")
+app.add_typer(log_commands, name="log")
 
 
 @policy_commands.command("check")
-@_guarded
+@guarded
 def _policy_check(
-    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Policy files.")], as_json: _Json = False
+    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Policy files.")], as_json: Json = False
 ) -> None:
     """Read policies, and print their hashes, or all faults."""
     from corral.cli.policy import check
@@ -333,13 +312,13 @@ _ACTIONS = "Such as `connect github.com:443` or `exec /usr/bin/git push`; docs/p
 
 
 @policy_commands.command("explain", context_settings={"allow_interspersed_args": False})
-@_guarded
+@guarded
 def _policy_explain(
     action: Annotated[list[str], typer.Argument(metavar="ACTION", help=_ACTIONS)],
     policy: Annotated[
         str | None, typer.Option("--policy", "-p", metavar="FILE", help="Policy file [default: the built-in policy].")
     ] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Say which rule decides an action, and why."""
     from corral.cli.policy import explain
@@ -348,8 +327,8 @@ def _policy_explain(
 
 
 @policy_commands.command("test")
-@_guarded
-def _policy_test(policy: Annotated[str, typer.Argument(metavar="FILE")], as_json: _Json = False) -> None:
+@guarded
+def _policy_test(policy: Annotated[str, typer.Argument(metavar="FILE")], as_json: Json = False) -> None:
     """Compare a policy with the expected verdicts beside it.
 
     For FILE policy.yaml they are in policy.test.yaml. Exit code: 1 where a verdict is another."""
@@ -359,7 +338,7 @@ def _policy_test(policy: Annotated[str, typer.Argument(metavar="FILE")], as_json
 
 
 @policy_commands.command("schema")
-@_guarded
+@guarded
 def _policy_schema() -> None:
     """Print the JSON Schema of policy files, for editors."""
     from corral.cli.policy import print_schema
@@ -368,7 +347,7 @@ def _policy_schema() -> None:
 
 
 @policy_commands.command("learn")
-@_guarded
+@guarded
 def _policy_learn(
     record: Annotated[str, typer.Argument(metavar="RECORD", help="What `corral run --record` has written.")],
 ) -> None:
@@ -381,8 +360,8 @@ def _policy_learn(
 
 
 @app.command("doctor")
-@_guarded
-def _doctor(as_json: _Json = False) -> None:
+@guarded
+def _doctor(as_json: Json = False) -> None:
     """Try every mechanism that the walls need.
 
     Says what is missing on this machine, and what to do."""

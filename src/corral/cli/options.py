@@ -42,6 +42,9 @@ RUN_OPTIONS = (
     Option("no-terminal", "T", "", False, "Give the command pipes even on a terminal."),
     Option("discard", "", "", False, "Drop all changes at the end instead of keeping them as a layer."),
     Option("record", "", "FILE", False, "Write every decision to a new file (JSON lines, at most 1 GiB)."),
+    Option(
+        "log", "", "DIR", False, "Record everything in the log in this directory, made where missing (docs/log.md)."
+    ),
     Option("quiet", "q", "", False, "Do not say what was refused, nor where changes were kept."),
     Option("json", "", "", False, "At the end write one JSON object about the run to stderr."),
     Option("json-result", "", "FILE", False, "Write that object to a file instead."),

@@ -30,9 +30,11 @@ from corral.sandbox.prepare import prepare
 from corral.sandbox.view import is_touched
 
 if TYPE_CHECKING:
+    from corral.log.writer import Log
     from corral.monitor.records import Sink
     from corral.sandbox.inward import Forward
     from corral.sandbox.layer import KeptLayer
+    from corral.sandbox.prepare import Prepared
 
 _RESOURCES = ("cpu", "memory", "processes", "open-files", "disk", "wall-time")
 
@@ -138,6 +140,7 @@ class _Run:
         self._number = 0
         self._exit: Exit | None = None
         self._error: CorralError | None = None
+        self._log: Log | None = None
         self._started = time.time()
 
     @property
@@ -192,11 +195,11 @@ class _Run:
         self._loop.heed_signals()
         try:
             options, self._services = read_options(self._arguments)
-            prepared = prepare(options)
+            prepared = prepare(self._open_log(options))
             if self._interrupted:
                 prepared.identity.release()
                 raise SandboxClosed(self._interrupted)
-            self._core = core = Core(prepared, self._loop, self._sinks())
+            self._core = core = self._make(prepared)
             core.when_ready(self._ready)
             core.when_ended(self._loop.stop)
             self._foreground.finish(self._loop.run)
@@ -205,8 +208,10 @@ class _Run:
             registry.unregister(core)
             kept = self._keep()
             core.close_layer()
+            self._close_log()
         except CorralError as error:
             self._foreground.abandon()
+            self._close_log()
             complain(str(error))
             return self._interrupted_code() or error.exit_code
         except BaseException:
@@ -215,6 +220,32 @@ class _Run:
                 self._core.kill("corral failed")
             raise
         return self._conclude(core, kept)
+
+    def _open_log(self, options: Options) -> Options:
+        """Opens the log, where there is to be one, and hides it from the sandbox."""
+        if "log" not in self._arguments.values:
+            return options
+        from pathlib import Path
+
+        from corral.log.places import files_of, open_log
+
+        self._log = open_log(Path(self._arguments.values["log"]))
+        return replace(options, hidden=files_of(self._log.directory))
+
+    def _make(self, prepared: Prepared) -> Core:
+        if self._log is None:
+            return Core(prepared, self._loop, self._sinks())
+        from corral.sandbox.recording import recorded
+
+        return recorded(self._log, prepared, self._loop, self._sinks())
+
+    def _close_log(self) -> None:
+        """What is recorded is signed for when this returns; if it cannot be, that is what the caller must know."""
+        if self._log is not None:
+            try:
+                self._log.close()
+            except CorralError as error:
+                self._error = self._error or error
 
     def _sinks(self) -> tuple[Sink, ...]:
         """Who is told of decisions, beside the sandbox itself."""

@@ -40,6 +40,9 @@ class Frames:
     """Offset after the last whole frame."""
     rest: int
     """Bytes after it."""
+    torn: bool = True
+    """Whether those are the beginning of a frame, as a writer leaves it that is killed; else they were altered, or
+    never reached the disk."""
 
 
 def read_frames(fd: int, number: int, offset: int, *, most: int | None = None) -> Frames:
@@ -54,7 +57,7 @@ def read_frames(fd: int, number: int, offset: int, *, most: int | None = None) -
                 break
             entry = buffer[start + _HEADER : after]
             if not length or buffer[start + 2 : start + _HEADER] != _sum(number + len(entries), entry):
-                return Frames(entries, offset, os.fstat(fd).st_size - offset)
+                return Frames(entries, offset, os.fstat(fd).st_size - offset, torn=False)
             entries.append(entry)
             offset += after - start
             start = after
@@ -81,9 +84,12 @@ class Journal:
         return self.directory / f"{base:0{_DIGITS}d}"
 
     def open(self, base: int, *, create: bool = False) -> int:
-        """A descriptor to read and append by. A new file's name is durable. Raises OSError."""
+        """A descriptor to read and append by. A new file's name is durable. Raises OSError.
+
+        The new file may be there already: whoever wanted to begin it was killed before it told the others.
+        """
         flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(self.path(base), flags | (os.O_CREAT | os.O_EXCL if create else 0), 0o600)
+        fd = os.open(self.path(base), flags | (os.O_CREAT if create else 0), 0o600)
         if create:
             try:
                 sync_directory(self.directory)
@@ -112,6 +118,28 @@ class Journal:
             if len(found) >= most:
                 break
         return found
+
+    def whole_from(self, size: int, *, further: bool = False) -> int:
+        """The first number of a file from which on the journal has every entry, up to its last file.
+
+        Files are read from the last one backwards, until there is entry ``size``, or ``further`` to the first one or
+        to where something is missing. Raises LogDamaged where that is after entry ``size``; OSError.
+        """
+        pairs = list(_pairs(self.segments()))
+        begin = pairs[-1][0]
+        for base, following in reversed(pairs[:-1]):
+            if following is None or (begin <= size and not further):
+                break
+            with _reading(self.path(base)) as fd:
+                found = len(read_frames(fd, base, 0, most=following - base).entries)
+            if found < following - base:
+                if begin <= size:
+                    break
+                raise LogDamaged(f"journal/{self.path(base).name}: entry {base + found} is missing or altered")
+            begin = base
+        if begin > size:
+            raise LogDamaged(f"journal: the entries from {size} up to {begin} are missing")
+        return begin
 
     def forget(self, size: int) -> None:
         """Removes the files that hold nothing from entry ``size`` on. The last one stays. Raises OSError."""

@@ -100,6 +100,8 @@ class Verifier:
         message = text.encode()
         if self.type is KeyType.COSIGNATURE:
             seconds = int.from_bytes(content[:8], "big")
+            if seconds > MAX_SIZE:
+                raise NoteError(f"the cosignature of {self.name} has no time")
             message, content = _cosigned(seconds, message), content[8:]
         try:
             Ed25519PublicKey.from_public_bytes(self.key).verify(content, message)
@@ -131,17 +133,36 @@ class KeyFile:
         self._verifier = Verifier(name, type, self._private.public_key().public_bytes_raw())
 
     @classmethod
-    def make(cls, path: str | os.PathLike[str], name: str, type: KeyType = KeyType.ED25519) -> KeyFile:
-        """A new key in a new file that only its owner can read. Raises NoteError, also where the file exists."""
+    def make(
+        cls, path: str | os.PathLike[str], name: str, type: KeyType = KeyType.ED25519, *, exist_ok: bool = False
+    ) -> KeyFile:
+        """A new key in a new file that only its owner can read, and that is whole from the moment that it is there.
+
+        Raises NoteError, also where the file exists; with ``exist_ok`` that is read then.
+        """
         made = cls(name, type, os.urandom(_KEY_SIZE))
         identifier = made.verifier.identifier.hex()
         encoded = base64.b64encode(bytes([type]) + made._seed).decode()
+        temporary = f"{os.fspath(path)}.{os.getpid()}"
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            with open(fd, "w", encoding="ascii") as file:
-                file.write(f"PRIVATE+KEY+{name}+{identifier}+{encoded}\n")
-                file.flush()
-                os.fsync(fd)
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                with open(fd, "w", encoding="ascii") as file:
+                    file.write(f"PRIVATE+KEY+{name}+{identifier}+{encoded}\n")
+                    file.flush()
+                    os.fsync(fd)
+                os.link(temporary, path)
+            finally:
+                os.unlink(temporary)
+            directory = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(directory)  # a log that was signed by a key that is gone could not be written any more
+            finally:
+                os.close(directory)
+        except FileExistsError as error:
+            if exist_ok:
+                return cls.read(path)
+            raise NoteError(f"{os.fspath(path)}: cannot make the key: {error.strerror}") from None
         except OSError as error:
             raise NoteError(f"{os.fspath(path)}: cannot make the key: {error.strerror}") from None
         return made
@@ -178,15 +199,19 @@ class KeyFile:
 
 
 def sign(text: str, signer: Signer) -> Signature:
-    """A signature of a log. ``text`` ends with a newline."""
+    """A signature of a log. ``text`` ends with a newline. Raises NoteError for the key of a witness."""
     own = signer.verifier
+    _require_type(own, KeyType.ED25519)
     return Signature(own.name, own.identifier, signer.sign(text.encode()))
 
 
 def cosign(text: str, signer: Signer, *, at: int | None = None) -> Signature:
-    """A signature of a witness, that it saw nothing at ``at`` (now, in seconds since the epoch) that contradicts it."""
+    """A signature of a witness, that it saw nothing at ``at`` (now, in seconds since the epoch) that contradicts it.
+
+    Raises NoteError for a key of another type."""
     seconds = int(time.time()) if at is None else at
     own = signer.verifier
+    _require_type(own, KeyType.COSIGNATURE)
     content = seconds.to_bytes(8, "big") + signer.sign(_cosigned(seconds, text.encode()))
     return Signature(own.name, own.identifier, content)
 
@@ -273,6 +298,7 @@ def open_checkpoint(encoded: bytes, verifier: Verifier) -> tuple[Checkpoint, Not
     """The checkpoint of a note that the log signed. Raises NoteError, also where it is one of another log."""
     note = parse_note(encoded)
     checkpoint = parse_checkpoint(note.text)
+    _require_type(verifier, KeyType.ED25519)
     if checkpoint.origin != verifier.name:
         raise NoteError("it is a checkpoint of another log")
     if not verifier.signed(note):
@@ -294,6 +320,11 @@ def _cosigned(seconds: int, text: bytes) -> bytes:
 
 def _identifier(name: str, type: KeyType, key: bytes) -> bytes:
     return sha256(name.encode() + b"\n" + bytes([type]) + key).digest()[:4]
+
+
+def _require_type(key: Verifier, type: KeyType) -> None:
+    if key.type is not type:
+        raise NoteError(f"the key of {key.name} is of type {key.type}, and this takes one of type {type}")
 
 
 def _require_name(name: str) -> None:

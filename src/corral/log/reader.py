@@ -65,6 +65,8 @@ class Reader:
                 if not self._journal.directory.exists():
                     return []
                 problem = error
+            except PermissionError:  # the journal is for those who write
+                return []
             except (LogDamaged, NoteError) as error:
                 problem = error
         if isinstance(problem, OSError):

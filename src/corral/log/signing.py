@@ -8,7 +8,6 @@ first; the last one signs.
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from corral.log.note import (
     parse_verifier,
     sign,
 )
-from corral.log.tiles import LogDamaged, Tiles, write_file
+from corral.log.tiles import LogDamaged, Tiles, read_file, write_file
 
 CHECKPOINT = "checkpoint"
 KEYS = "keys"
@@ -50,8 +49,7 @@ def read_keys(directory: Path) -> tuple[Verifier, ...]:
 def _read(path: Path) -> bytes | None:
     """The content of a small file, None where there is none. Raises NoteError."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), "rb") as file:
-            return file.read(MAX_NOTE + 1)
+        return read_file(path, MAX_NOTE + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -106,16 +104,28 @@ class Checkpoints:
     def claim(self) -> None:
         """Names a new log after the signer's key, and makes sure that an old one has that key.
 
-        Raises NoteError where it is the log of another key; OSError.
+        A new log is signed for while it is empty: one that has no checkpoint at all has lost it, and must not be signed
+        for as if it were new. Raises NoteError where it is the log of another key; LogDamaged where it lost that;
+        OSError.
         """
         keys = read_keys(self._directory)
         own = self._signer.verifier
+        if keys:
+            self._require_own(keys)
+        found = read_checkpoint(self._directory, keys or (own,))
+        if found is None and (any(self._directory.glob("journal/[0-9]*")) or (self._directory / "tile").exists()):
+            raise LogDamaged(f"{CHECKPOINT} and {_COPY} are both missing, and the log has entries")
         if not keys:
-            if (self._directory / CHECKPOINT).exists():
+            if found is not None:
                 raise NoteError(f"{KEYS}: it is missing, and the log has a checkpoint")
             write_file(self._directory / KEYS, f"{own}\n".encode())
-        elif keys[-1] != own:
-            raise NoteError(f"this log is signed by another key ({keys[-1].name}+{keys[-1].identifier.hex()})")
+        if found is None:
+            self._sign(Checkpoint(self.origin, 0, EMPTY))
+
+    def _require_own(self, keys: tuple[Verifier, ...]) -> None:
+        if keys[-1:] != (self._signer.verifier,):
+            name = f"{keys[-1].name}+{keys[-1].identifier.hex()}" if keys else "none"
+            raise NoteError(f"this log is signed by another key ({name})")
 
     def rotate(self, signer: Signer) -> None:
         """Another key signs from now on, and once more for what the old one has signed for.
@@ -141,8 +151,10 @@ class Checkpoints:
     def advance(self, old: Checkpoint, size: int) -> Checkpoint:
         """Signs for the tree of ``size`` entries, of which the tiles are there, if it continues the old one.
 
-        Raises LogDamaged where it does not: nothing is signed then. OSError.
+        Raises LogDamaged where it does not, and NoteError where another key signs by now: nothing is signed then.
+        OSError.
         """
+        self._require_own(read_keys(self._directory))
 
         def subtree(level: int, number: int) -> bytes:
             return self._tiles.subtree(size, level, number)
@@ -152,22 +164,28 @@ class Checkpoints:
             check_consistency(consistency_proof(old.size, size, subtree), old.size, size, old.root, root)
         except ProofError as error:
             raise LogDamaged(f"the tiles do not continue the tree of {old.size} that was signed: {error}") from None
-        new = Checkpoint(self.origin, size, root)
-        text = new.text()
+        return self._sign(Checkpoint(self.origin, size, root))
+
+    def _sign(self, checkpoint: Checkpoint) -> Checkpoint:
+        text = checkpoint.text()
         self._write(Note(text, (sign(text, self._signer),)))
-        return new
+        return checkpoint
 
     def add(self, size: int, signatures: tuple[Signature, ...]) -> None:
         """Adds cosignatures to the checkpoint of that size, if it still is the newest. Raises NoteError; OSError."""
         found = read_checkpoint(self._directory, read_keys(self._directory))
         if found is not None and found[0].size == size:
             kept = [
-                each for each in found[1].signatures if all(each.identifier != new.identifier for new in signatures)
+                each
+                for each in found[1].signatures
+                if all((each.name, each.identifier) != (new.name, new.identifier) for new in signatures)
             ]
             self._write(Note(found[1].text, (*kept, *signatures)))
 
     def _write(self, note: Note) -> None:
+        """Raises NoteError for what would not be read again, such as a signature of a device that is wrong; OSError."""
         content = note.encode()
+        open_checkpoint(content, self._signer.verifier)
         write_file(self._directory / _COPY, content)
         write_file(self._directory / CHECKPOINT, content, durable=False)
 

@@ -6,7 +6,9 @@ when the full one is there.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -99,8 +101,7 @@ class Tiles:
         for whole in (width, WIDTH) if width < WIDTH else (WIDTH,):
             path = tile_path(level, number, whole)
             try:
-                with open(self._directory / path, "rb") as file:
-                    content = file.read(limit + 1)
+                content = read_file(self._directory / path, limit + 1)
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -121,37 +122,44 @@ class Tiles:
 
     # ---- writing ----
 
-    def extend(self, begin: int, entries: Sequence[bytes]) -> None:
+    def extend(self, begin: int, entries: Sequence[bytes], *, afresh: bool = False) -> bool:
         """Writes the tiles of the entries from number ``begin`` on, a multiple of 256, and those above them.
 
-        They are not durable before :meth:`sync`. Raises LogDamaged where what is before them is missing; OSError.
+        ``afresh`` makes all that is not full above them from what is below, whatever is there: after a failure of power
+        it may be anything. They are not durable before :meth:`sync`. Returns whether any of them was not there already.
+        Raises LogDamaged where what is before them is missing; OSError.
         """
+        changed = False
+        self._hashes.cache_clear()  # what was read before it was altered, and is now made again
         for at in range(0, len(entries), WIDTH):
             part = entries[at : at + WIDTH]
-            self._write(ENTRIES, (begin + at) // WIDTH, len(part), encode_bundle(part))
+            changed |= self._write(ENTRIES, (begin + at) // WIDTH, len(part), encode_bundle(part), afresh)
         level, hashes = 0, [leaf_hash(entry) for entry in entries]
-        while hashes:
+        while hashes or (afresh and begin):
             above = []
             for at in range(0, len(hashes), WIDTH):
                 nodes = hashes[at : at + WIDTH]
-                self._write(level, (begin + at) // WIDTH, len(nodes), b"".join(nodes))
+                changed |= self._write(level, (begin + at) // WIDTH, len(nodes), b"".join(nodes), afresh)
                 if len(nodes) == WIDTH:
                     above.append(perfect_root(nodes))
-            if not above:
-                return
+            if not above and not afresh:
+                break
             level, first = level + 1, begin // WIDTH
             begin = first // WIDTH * WIDTH
-            earlier = self._above(level, begin, first)
+            earlier = self._above(level, begin, first, afresh)
             hashes = [*earlier, *above]
+        return changed
 
-    def _above(self, level: int, begin: int, end: int) -> list[bytes]:
+    def _above(self, level: int, begin: int, end: int, afresh: bool) -> list[bytes]:
         """The hashes of the full tiles from ``begin`` to ``end`` of the level below."""
         if begin == end:
             return []
         try:
-            return self.hashes(level, begin // WIDTH, end - begin)
+            if not afresh:
+                return self.hashes(level, begin // WIDTH, end - begin)
         except LogDamaged:  # a partial tile can be made again
-            return [perfect_root(self.hashes(level - 1, number)) for number in range(begin, end)]
+            pass
+        return [perfect_root(self.hashes(level - 1, number)) for number in range(begin, end)]
 
     def sync(self, begin: int, end: int) -> None:
         """Makes durable the full tiles of the entries between two multiples of 256, and those above. Raises OSError."""
@@ -167,8 +175,12 @@ class Tiles:
         for path in sorted(directories, reverse=True):
             sync_directory(path)
 
-    def _write(self, level: int | str, number: int, width: int, content: bytes) -> None:
+    def _write(self, level: int | str, number: int, width: int, content: bytes, compare: bool) -> bool:
         path = self._directory / tile_path(level, number, width)
+        changed = True
+        if compare:
+            with suppress(OSError):
+                changed = read_file(path, len(content) + 1) != content
         write_file(path, content, durable=False)
         if width == WIDTH:
             partial = path.with_name(path.name + ".p")
@@ -176,8 +188,23 @@ class Tiles:
                 for name in os.listdir(partial):
                     os.unlink(partial / name)
                 os.rmdir(partial)
-        elif level != ENTRIES:
-            self._hashes.cache_clear()  # one that was read before it was altered, and is now made again
+        return changed
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """At most so many bytes of a file. What is no file (a pipe would never end) is refused. Raises OSError."""
+    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no file", str(path))
+        return file.read(limit)
+
+
+def make_directory(path: Path, mode: int = 0o777) -> None:
+    """Makes a directory, and those above it, with names that are durable. Raises OSError."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True, mode=mode)
+        sync_directory(path.parent)
 
 
 def write_file(path: Path, content: bytes, *, durable: bool = True) -> None:

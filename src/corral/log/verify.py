@@ -12,15 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from corral.log.merkle import ProofError, check_consistency, consistency_proof, leaf_hash, perfect_root, root_hash
-from corral.log.note import Checkpoint, Note, NoteError, Verifier, cosigners, open_checkpoint
-from corral.log.signing import read_checkpoint
-from corral.log.tiles import ENTRIES, WIDTH, LogDamaged, Tiles, tile_path
+from corral.log.note import MAX_NOTE, Checkpoint, Note, NoteError, Verifier, cosigners, open_checkpoint
+from corral.log.signing import CHECKPOINT, read_checkpoint
+from corral.log.tiles import ENTRIES, WIDTH, LogDamaged, Tiles, read_file, tile_path
 
 Progress = Callable[[int, int], None]
 """Told how many entries are verified, of how many."""
 Look = Callable[[int, bytes], str]
 """Looks into an entry, by its number; says what is wrong with it, or nothing."""
 MAX_FAULTS = 100
+"""After so many nothing more is looked at."""
+_NOT_OF_THE_TREE = frozenset({"signature", "cosignature", "records", "payloads"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +74,25 @@ def verify_log(
     checkpoints (notes) that were kept: the log must continue each of them.
     """
     report = Report()
+    published = _published(report, directory, keys)  # before the newest: that one then is no older
     try:
         found = read_checkpoint(directory, tuple(keys))
-    except (NoteError, LogDamaged) as error:
-        report.add("signature", "checkpoint", str(error))
+    except NoteError as error:
+        if not report.faults:
+            report.add("signature", "checkpoint", str(error))
+        return report
+    except LogDamaged as error:
+        report.add("consistency", "checkpoint", str(error))
         return report
     if found is None:
-        report.add("signature", "checkpoint", "the log has none")
         return report
     checkpoint, note = found
     report.size = checkpoint.size
     _check_cosigners(report, note, witnesses, quorum)
     tiles = Tiles(directory)
     _check_tiles(report, tiles, checkpoint, look, progress)
+    if published is not None:
+        _check_earlier(report, tiles, checkpoint, keys, published, "checkpoint")
     for number, encoded in enumerate(earlier, 1):
         _check_earlier(report, tiles, checkpoint, keys, encoded, f"earlier checkpoint {number}")
     return report
@@ -116,6 +124,22 @@ def _open(encoded: bytes, keys: Sequence[Verifier]) -> tuple[Checkpoint, Note]:
     raise problem
 
 
+def _published(report: Report, directory: Path, keys: Sequence[Verifier]) -> bytes | None:
+    """The checkpoint that others get, if it is one: the newest may be the copy beside the journal."""
+    try:
+        content = read_file(directory / CHECKPOINT, MAX_NOTE + 1)
+        _open(content, keys)
+    except FileNotFoundError:
+        report.add("signature", "checkpoint", "it is missing")
+    except OSError as error:
+        report.add("signature", "checkpoint", f"cannot read it: {error.strerror}")
+    except NoteError as error:
+        report.add("signature", "checkpoint", str(error))
+    else:
+        return content
+    return None
+
+
 def _check_cosigners(report: Report, note: Note, witnesses: Sequence[Verifier], quorum: int) -> None:
     try:
         report.cosigners = tuple(each.name for each in cosigners(note, witnesses))
@@ -129,27 +153,23 @@ def _check_cosigners(report: Report, note: Note, witnesses: Sequence[Verifier], 
 def _check_tiles(
     report: Report, tiles: Tiles, checkpoint: Checkpoint, look: Look | None, progress: Progress | None
 ) -> None:
-    """Entries against the lowest hashes, each level of hashes against the one below, the highest against the root."""
+    """Entries against the lowest hashes, each level of hashes against the one below, the highest against the root.
+
+    All that is above an entry is looked at before the next one, so that the first fault is at the first bad place.
+    """
     size = checkpoint.size
-    below: list[bytes] = []
+    edge: list[list[bytes]] = []
     for number in range(-(-size // WIDTH)):
+        if len(report.faults) >= MAX_FAULTS:
+            return
         width = min(WIDTH, size - number * WIDTH)
         leaves = _check_bundle(report, tiles, number, width, look)
         if width == WIDTH:
-            below.append(perfect_root(leaves) if len(leaves) == WIDTH else b"")
+            _check_above(report, tiles, size, edge, number, _root(leaves))
         report.checked += len(leaves)
         if progress is not None:
             progress(number * WIDTH + width, size)
-    level = 1
-    while below:
-        above = []
-        for at in range(0, len(below), WIDTH):
-            nodes = below[at : at + WIDTH]
-            _check_hashes(report, tiles, level, at // WIDTH, nodes)
-            if len(nodes) == WIDTH:
-                above.append(perfect_root(nodes) if all(nodes) else b"")
-        level, below = level + 1, above
-    if not report.faults or all(each.check in ("records", "cosignature") for each in report.faults):
+    if all(each.check in _NOT_OF_THE_TREE for each in report.faults):
         try:
             root = root_hash(size, lambda level, number: tiles.subtree(size, level, number))
         except LogDamaged as error:
@@ -157,6 +177,11 @@ def _check_tiles(
             return
         if root != checkpoint.root:
             report.add("root", "checkpoint", f"the tiles give another root for {size} entries than was signed")
+
+
+def _root(hashes: list[bytes]) -> bytes:
+    """The hash over a full tile; none where it is not known."""
+    return perfect_root(hashes) if len(hashes) == WIDTH and all(hashes) else b""
 
 
 def _check_bundle(report: Report, tiles: Tiles, number: int, width: int, look: Look | None) -> list[bytes]:
@@ -183,19 +208,27 @@ def _check_bundle(report: Report, tiles: Tiles, number: int, width: int, look: L
     return leaves
 
 
-def _check_hashes(report: Report, tiles: Tiles, level: int, number: int, nodes: list[bytes]) -> None:
-    try:
-        hashes = tiles.hashes(level, number, len(nodes))
-    except LogDamaged as error:
-        report.add("hashes", tile_path(level, number, len(nodes)), str(error))
-        return
-    for at, (own, given) in enumerate(zip(nodes, hashes, strict=True)):
-        if own and own != given:
-            first = (number * WIDTH + at) * WIDTH**level
-            report.add(
-                "hashes", f"{tile_path(level, number, len(nodes))}, hash {at}", f"wrong for entries from {first}"
-            )
+def _check_above(report: Report, tiles: Tiles, size: int, edge: list[list[bytes]], number: int, node: bytes) -> None:
+    """The hash over full tile ``number`` of the lowest level, and those over what it completes, against those that the
+    tiles above have. ``edge`` keeps, for each level above, the hashes of the tile that is not complete yet."""
+    level = 1
+    while True:
+        if level > len(edge):
+            edge.append([])
+        tile, at = divmod(number, WIDTH)
+        width = min(WIDTH, size // WIDTH**level - tile * WIDTH)
+        where = tile_path(level, tile, width)
+        try:
+            if tiles.hashes(level, tile, width)[at] != node and node:
+                report.add("hashes", f"{where}, hash {at}", f"wrong for entries from {number * WIDTH**level}")
+        except LogDamaged as error:
+            if at == 0:  # once
+                report.add("hashes", where, str(error))
+        edge[level - 1].append(node)
+        if len(edge[level - 1]) < WIDTH:
             return
+        node, number, edge[level - 1] = _root(edge[level - 1]), tile, []
+        level += 1
 
 
 def _check_earlier(

@@ -25,9 +25,9 @@ from corral.diskspace import spare_bytes
 from corral.errors import CorralError
 from corral.log.journal import Journal, frame, read_frames
 from corral.log.note import Checkpoint, Signer
-from corral.log.recovery import Recovery, keep_aside, recover
+from corral.log.recovery import Recovery, altered, distrust, keep_aside, recover, require_signed
 from corral.log.signing import Checkpoints
-from corral.log.tiles import MAX_ENTRY, WIDTH, Tiles
+from corral.log.tiles import MAX_ENTRY, WIDTH, LogDamaged, Tiles, make_directory
 
 CHECKPOINT_EVERY = 1.0
 """Seconds after which what is durable is under a signed checkpoint."""
@@ -43,7 +43,8 @@ _AT_ONCE = 64 * WIDTH
 """Entries that are made tiles of at a time."""
 
 Done = Callable[[int, CorralError | None], None]
-"""Told the number of an entry once it is durable, or -1 and why it never will be."""
+"""Told the number of an entry once it is durable, or -1 and why it may never be. It must not fail, and not close the
+log."""
 
 
 class LogUnwritable(CorralError):
@@ -66,13 +67,16 @@ class Log:
         self._journal = Journal(directory / "journal")
         self._tiles = Tiles(directory)
         self._checkpoints = Checkpoints(directory, signer, self._tiles)
-        self._waiting: deque[tuple[bytes, Done | None]] = deque()
+        self._waiting: deque[tuple[bytes | None, Done | None]] = deque()
+        """Entries to write, and in between (None) who waits for those before."""
         self._bytes = 0
         self._change = threading.Condition()
         self._appending, self._sealing = threading.Lock(), threading.Lock()
         """Against threads of this process, which share the locks that stand against others."""
         self._failure: CorralError | None = None
-        self._closing = False
+        self._closing = self._writing = False
+        self._callbacks: list[Callable[[CorralError], None]] = []
+        self._process = os.getpid()
         self._written = threading.Event()
         self._lock = self._tiles_lock = self._segment = -1
         self._base = self._offset = self._count = 0
@@ -98,6 +102,8 @@ class Log:
         """
         if not 0 < len(entry) <= MAX_ENTRY:
             raise ValueError(f"an entry has 1 to {MAX_ENTRY} bytes, not {len(entry)}")
+        if os.getpid() != self._process:
+            raise LogUnwritable("the log was opened by another process, of which this is a fork; open it again")
         with self._change:
             while self._bytes > MAX_WAITING and self._failure is None and not self._closing:
                 self._change.wait()
@@ -107,6 +113,37 @@ class Log:
             self._bytes += len(entry)
             if len(self._waiting) == 1:
                 self._change.notify_all()
+
+    def when_durable(self, done: Callable[[CorralError | None], None]) -> None:
+        """Calls back when all that this thread has submitted is durable, or with why something of it never will be: at
+        once, or later and by another thread. Does not raise."""
+        with self._change:
+            error = self._failure
+            if error is None and self._closing:
+                error = LogUnwritable("the log is closed")
+            if error is None and (self._waiting or self._writing):
+                self._waiting.append((None, lambda _, problem: done(problem)))
+                self._change.notify_all()
+                return
+        done(error)
+
+    def when_failed(self, callback: Callable[[CorralError], None]) -> Callable[[], None]:
+        """Calls back, by any thread, if the log can be written no more; at once where that is so already.
+
+        Returns what takes the callback back.
+        """
+        with self._change:
+            self._callbacks.append(callback)
+            error = self._failure
+        if error is not None:
+            callback(error)
+
+        def forget() -> None:
+            with self._change:
+                if callback in self._callbacks:
+                    self._callbacks.remove(callback)
+
+        return forget
 
     def append(self, entry: bytes) -> int:
         """Appends an entry and returns its number once it is durable. Raises LogUnwritable, or ValueError."""
@@ -140,17 +177,28 @@ class Log:
         except OSError as error:
             raise LogUnwritable(f"{self.directory}: cannot write the tiles: {error.strerror}") from None
 
+    def rotate(self, signer: Signer) -> None:
+        """Has another key sign from now on, and both for what there is now.
+
+        Raises NoteError where the key has another name than the log; LogUnwritable or LogDamaged.
+        """
+        self.seal()
+        try:
+            with self._sealing, _locked(self._tiles_lock):
+                self._checkpoints.rotate(signer)
+        except OSError as error:
+            raise LogUnwritable(f"{self.directory}: cannot change the key: {error.strerror}") from None
+
     def close(self) -> None:
         """Writes what waits, signs for it, and closes. Raises LogUnwritable where that could not be done."""
         with self._change:
-            if self._closing:
-                return
             self._closing = True
             self._change.notify_all()
         self._writer.join()
         self._written.set()
         self._sealer.join()
-        self._close_files()
+        with self._sealing, self._appending:
+            self._close_files()
         if self._failure is not None:
             raise LogUnwritable(str(self._failure))
 
@@ -165,7 +213,7 @@ class Log:
     # ---- opening and closing ----
 
     def _open(self) -> None:
-        self._journal.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_directory(self._journal.directory, 0o700)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._lock = os.open(self._journal.directory / "lock", flags, 0o600)
         self._tiles_lock = os.open(self._journal.directory / "lock.tiles", flags, 0o600)
@@ -187,35 +235,49 @@ class Log:
     def _write_all(self) -> None:
         while True:
             with self._change:
+                self._writing = False
                 while not self._waiting and not self._closing:
                     self._change.wait()
                 batch, self._waiting = self._waiting, deque()
-                self._bytes = 0
+                self._bytes, self._writing = 0, True
                 self._change.notify_all()
             if not batch:
                 return
-            first = -1
-            error = self._failure
-            if error is None:
-                try:
-                    first = self._write([entry for entry, _ in batch])
-                except CorralError as problem:
-                    error = problem
-                except OSError as problem:
-                    error = LogUnwritable(f"{self.directory}: cannot write the log: {problem.strerror}")
-                except Exception as problem:
-                    error = LogUnwritable(f"{self.directory}: cannot write the log ({type(problem).__name__})")
-            if error is not None:
-                self._fail(error)
-            for number, (_, done) in enumerate(batch, first):
+            number, error = self._write_safely([entry for entry, _ in batch if entry is not None])
+            for entry, done in batch:
                 if done is not None:
-                    done(-1 if error else number, error)
+                    self._tell(done, number, error)
+                number += entry is not None
             self._written.set()
+
+    def _tell(self, done: Done, number: int, error: CorralError | None) -> None:
+        try:
+            done(-1 if error else number, error)
+        except Exception as problem:  # this thread must live; what it could not tell may be waited for
+            self._fail(LogUnwritable(f"{self.directory}: nobody could be told ({type(problem).__name__})"))
+
+    def _write_safely(self, entries: list[bytes]) -> tuple[int, CorralError | None]:
+        error = self._failure
+        if error is None and entries:
+            try:
+                return self._write(entries), None
+            except CorralError as problem:
+                error = problem
+            except OSError as problem:
+                error = LogUnwritable(f"{self.directory}: cannot write the log: {problem.strerror}")
+            except Exception as problem:
+                error = LogUnwritable(f"{self.directory}: cannot write the log ({type(problem).__name__})")
+            self._fail(error)
+        return -1, error
 
     def _fail(self, error: CorralError) -> None:
         with self._change:
-            self._failure = self._failure or error
+            is_first, self._failure = self._failure is None, self._failure or error
+            callbacks = list(self._callbacks)
             self._change.notify_all()
+        if is_first:
+            for callback in callbacks:
+                callback(error)
 
     def _write(self, entries: list[bytes]) -> int:
         """Makes entries durable and returns the number of the first."""
@@ -223,25 +285,33 @@ class Log:
             self._catch_up()
             first = number = self._base + self._count
             frames: list[bytes] = []
+            length = 0
             for entry in entries:
-                if self._offset >= _SEGMENT and number % WIDTH == 0:
+                if self._offset + length >= _SEGMENT and number % WIDTH == 0:
                     self._put(frames)
-                    frames = []
                     self._roll(number)
+                    frames, length = [], 0
                 data = frame(number, entry)
                 frames.append(data)
-                self._offset += len(data)
+                length += len(data)
                 number += 1
             self._put(frames)
             segment = os.dup(self._segment)
         try:
-            os.fdatasync(segment)  # not under the lock: what others append meanwhile shares it, or has its own
+            self._sync(segment)  # not under the lock: what others append meanwhile shares it, or has its own
         finally:
             os.close(segment)
         return first
 
+    def _sync(self, segment: int) -> None:
+        try:
+            os.fdatasync(segment)
+        except OSError:
+            distrust(self._journal)
+            raise
+
     def _put(self, frames: list[bytes]) -> None:
-        """Writes frames whose length :attr:`_offset` has already."""
+        """Writes frames, all of them or none."""
         data = b"".join(frames)
         if self._spare < len(data):
             self._spare = min(spare_bytes(self._segment), len(data) + _PORTION)
@@ -255,15 +325,18 @@ class Log:
             while rest:
                 rest = rest[os.write(self._segment, rest) :]
         except BaseException:
-            os.ftruncate(self._segment, self._offset - len(data))
+            os.ftruncate(self._segment, self._offset)
             raise
+        self._offset += len(data)
         self._count += len(frames)
 
     def _roll(self, number: int) -> None:
         """Begins another file. Whatever is in the old one is durable then, for those who sync only the new one."""
-        os.fdatasync(self._segment)
+        self._sync(self._segment)
         os.close(self._journal.open(number, create=True))
         self._take(number)
+        if self._offset:
+            raise altered(self._journal, number, number)
 
     def _take(self, base: int) -> None:
         """Goes on in this file, and tells the others."""
@@ -276,17 +349,22 @@ class Log:
         self._read_on()
 
     def _catch_up(self) -> None:
-        """Takes up what other processes have written."""
+        """Takes up what other processes have written. Raises LogDamaged where somebody else has been at the files."""
         current = int(os.pread(self._lock, 20, 0))
-        if current != self._base:
+        if current > self._base:
             self._take(current)
-        elif os.fstat(self._segment).st_size != self._offset:
+        status = os.fstat(self._segment)
+        if current < self._base or status.st_size < self._offset or not status.st_nlink:
+            raise LogDamaged(f"journal/{self._journal.path(self._base).name}: it was cut off, removed or replaced")
+        if status.st_size > self._offset:
             self._read_on()
 
     def _read_on(self) -> None:
         frames = read_frames(self._segment, self._base + self._count, self._offset)
         self._count += len(frames.entries)
         self._offset = frames.end
+        if not frames.torn:
+            raise altered(self._journal, self._base, self._base + self._count)
         if frames.rest:  # its writer died in the middle of it
             keep_aside(self._journal, self._segment, self._offset, self._base + self._count)
 
@@ -312,7 +390,15 @@ class Log:
 
     def _seal(self) -> tuple[Checkpoint, bool]:
         """Signs for some more entries; returns also whether that is all that there are."""
-        with self._sealing, _locked(self._tiles_lock):
+        with self._sealing:
+            if (
+                self._failure is not None or self._tiles_lock < 0
+            ):  # what a sync that failed has lost, the next one hides
+                raise LogUnwritable(str(self._failure or "the log is closed"))
+            return self._seal_locked()
+
+    def _seal_locked(self) -> tuple[Checkpoint, bool]:
+        with _locked(self._tiles_lock):
             old = self._checkpoints.read()
             begin = old.size // WIDTH * WIDTH
             end = self._durable()
@@ -320,6 +406,7 @@ class Log:
             size = begin + len(entries)
             if size <= old.size:
                 return old, True
+            require_signed(self._tiles, begin, old.size, entries)
             self._tiles.extend(begin, entries)
             new = self._checkpoints.advance(old, size)
             self._forget(size)
@@ -331,7 +418,7 @@ class Log:
             self._catch_up()
             end, segment = self._base + self._count, os.dup(self._segment)
         try:
-            os.fdatasync(segment)
+            self._sync(segment)
         finally:
             os.close(segment)
         return end
@@ -341,7 +428,11 @@ class Log:
         bases = self._journal.segments()
         ends = [base for base in bases[1:] if base <= size]
         if ends:
-            self._tiles.sync(bases[0], ends[-1])
+            try:
+                self._tiles.sync(bases[0], ends[-1])
+            except OSError:
+                distrust(self._journal)
+                raise
             self._journal.forget(ends[-1])
 
 
@@ -362,6 +453,8 @@ def _locked(fd: int) -> Iterator[None]:
         time.sleep(pause)
         pause = min(pause * 2, 0.02)
     try:
+        if not os.fstat(fd).st_nlink:
+            raise LogUnwritable("the lock of the log was removed: others may write to the log now")
         yield
     finally:
         fcntl.flock(fd, fcntl.LOCK_UN)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from corral.actions import Action, Decision, KernelCall, Opinion, Verdict
 from corral.monitor.parts import Answer, Approvals, Autonomy, Held, Neutral, NobodyToAsk, Part
-from corral.monitor.records import Aggregator, Sink, unwritable
+from corral.monitor.records import Aggregator, Ledger, Sink, unwritable
 
 if TYPE_CHECKING:
     import asyncio
@@ -37,7 +37,10 @@ class Monitor:
         autonomy: Autonomy | None = None,
         approvals: Approvals | None = None,
         on_kill: Callable[[str], None] | None = None,
+        ledgers: Sequence[Ledger] = (),
     ) -> None:
+        """``ledgers`` are those who are told through ``sink`` and whose records are not safe at once: what is allowed
+        is released when all of them are."""
         neutral = Neutral()
         self._autonomy = autonomy or neutral
         others = (("behaviour", behaviour), ("risk", risk), ("autonomy", autonomy))
@@ -45,6 +48,7 @@ class Monitor:
         self._others = tuple((name, part.judge) for name, part in others if part is not None)
         self._approvals = approvals or NobodyToAsk()
         self._sink = sink
+        self._ledgers = tuple(ledgers)
         self._on_kill = on_kill or (lambda reason: None)
         self._lock = threading.RLock()
         self._number = 0
@@ -65,8 +69,8 @@ class Monitor:
         attempt where another enforcer saw it before: what a person has allowed there is not asked again by the same
         rules. One more rule that asks is another question.
 
-        Returns what waits for an answer, if anything does; an enforcer whose caller is gone withdraws it, which is
-        recorded as a denial, and ``decided`` is not called any more.
+        Returns what waits, if anything does, for an answer or for its record to be safe; an enforcer whose caller is
+        gone withdraws it, and ``decided`` is not called any more. A question that is withdrawn is recorded as a denial.
         """
         decider, opinion = self._combine(action)
         if opinion.verdict < at_least:
@@ -84,8 +88,7 @@ class Monitor:
             if not grant:
                 return _Question(self, action, decider, opinion, decided).file(self._approvals)
             opinion, decider = Opinion(Verdict.ALLOW, grant, opinion.reason), "autonomy"
-        decided(self.settle(action, opinion, decider))
-        return None
+        return self.release(self.settle(action, opinion, decider), decided)
 
     def repeater(self, action: Action) -> Callable[[], bool] | None:
         """A short way for what is refused again and again: has the refusal of just this action counted once more, and
@@ -166,11 +169,23 @@ class Monitor:
             try:
                 self._sink.write(decision)
             except Exception as error:
-                self._on_kill(unwritable(error))
-                return replace(decision, verdict=Verdict.KILL, rule="record", reason="it cannot be recorded")
+                return self.unsafe(decision, error)
         if decision.verdict is Verdict.KILL:
             self._on_kill(f"{action.name}: {opinion.reason or opinion.rule}")
         return decision
+
+    def release(self, decision: Decision, decided: Callable[[Decision], None]) -> Held | None:
+        """Tells the enforcer: of a refusal at once, of what may have an effect when its record is safe (I3)."""
+        waiting = [each for each in self._ledgers if decision.action.kind not in each.unawaited]
+        if not waiting or decision.verdict is not Verdict.ALLOW:
+            decided(decision)
+            return None
+        return _Unsafe(self, decision, decided).wait(waiting)
+
+    def unsafe(self, decision: Decision, error: Exception) -> Decision:
+        """Ends the sandbox, and what it is told instead."""
+        self._on_kill(unwritable(error))
+        return replace(decision, verdict=Verdict.KILL, rule="record", reason="it cannot be recorded")
 
 
 def _is_answered(earlier: Decision, action: Action, opinion: Opinion) -> bool:
@@ -194,6 +209,40 @@ def _judgement(judge: Callable[[Action], Opinion], action: Action, name: str) ->
         return judge(action)
     except Exception as error:
         return Opinion(Verdict.DENY, f"{name} failed", f"{_FAULT} ({type(error).__name__})")
+
+
+class _Unsafe:
+    """An action that is allowed and waits for its record to be safe."""
+
+    def __init__(self, monitor: Monitor, decision: Decision, decided: Callable[[Decision], None]) -> None:
+        self._monitor, self._decision = monitor, decision
+        self._decided: Callable[[Decision], None] | None = decided
+        self._lock = threading.Lock()
+        self._left = 0
+        self._error: Exception | None = None
+
+    def wait(self, ledgers: Sequence[Ledger]) -> Held | None:
+        """Itself, or None where nothing was to be waited for."""
+        self._left = len(ledgers)
+        for ledger in ledgers:
+            ledger.when_safe(self._safe)
+        return self if self._left else None
+
+    def _safe(self, error: Exception | None) -> None:
+        with self._lock:
+            self._left -= 1
+            self._error = self._error or error
+            if self._left:
+                return
+            decided, self._decided = self._decided, None
+        decision = self._decision if self._error is None else self._monitor.unsafe(self._decision, self._error)
+        if decided is not None:
+            decided(decision)
+
+    def withdraw(self) -> None:
+        """Whoever waited is gone. That it was allowed stands in the record; nothing came of it."""
+        with self._lock:
+            self._decided = None
 
 
 class _Question:
@@ -239,7 +288,7 @@ class _Question:
         was_open, _ = self._close()
         if was_open:
             verdict = answer.verdict if answer.verdict in (Verdict.ALLOW, Verdict.KILL) else Verdict.DENY
-            self._decided(self._settle(verdict, answer.reason, answer.by))
+            self._monitor.release(self._settle(verdict, answer.reason, answer.by), self._decided)
 
     def _settle(self, verdict: Verdict, reason: str, by: str) -> Decision:
         opinion = replace(self._opinion, verdict=verdict, reason=reason or self._opinion.reason)

@@ -14,34 +14,13 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
-from enum import Enum
-from functools import cache
-from math import isfinite
-from types import UnionType
-from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-from corral.actions import (
-    Action,
-    Decision,
-    Endpoint,
-    File,
-    Flow,
-    KernelCall,
-    Kind,
-    ModelCall,
-    Origin,
-    Program,
-    Query,
-    Request,
-    Socket,
-    Subject,
-    Verb,
-    Verdict,
-)
+from corral.actions import Action, Decision, Flow, Kind, Origin, Subject, Verdict
 from corral.diskspace import spare_bytes
 from corral.errors import CorralError, RequestError
+from corral.monitor.plain import WHOLE, from_plain, refuse, subject_type, to_plain, unique
 
 VERSION = 2
 FLOW = "flow"
@@ -52,24 +31,8 @@ MAX_FILE = 1 << 30
 """Bytes of a file: what an agent can make of a record is bounded."""
 MAX_RECORDS = 1_000_000
 """Records that are read of one file."""
-_TEXT = 4096
-"""Characters of one text: what a path can have."""
-_MANY = 256
-"""Entries of one list."""
-_WORDS = 16 * 1024
-"""Characters of all texts of one list together."""
 _PORTION = 16 << 20
 """Bytes that are written before the free space is looked at again."""
-
-_SUBJECTS: dict[Kind, type[Any]] = {
-    Kind.PROCESS_EXEC: Program,
-    Kind.NET_SOCKET: Socket,
-    Kind.HTTP_REQUEST: Request,
-    Kind.MODEL_CALL: ModelCall,
-    Kind.DATA_QUERY: Query,
-    Kind.KERNEL: KernelCall,
-}
-_FAMILIES: dict[str, type[Any]] = {"file": File, "net": Endpoint, "sandbox": Verb}
 
 
 class Record(NamedTuple):
@@ -153,7 +116,7 @@ def encode(decision: Decision) -> bytes:
     }
     cut = []
     for name, value in values.items():
-        values[name], whole = _plain(value)
+        values[name], whole = to_plain(value)
         if not whole:
             cut.append(name)
     values["cut"] = cut
@@ -162,42 +125,9 @@ def encode(decision: Decision) -> bytes:
 
 def encode_flow(flow: Flow) -> bytes:
     """The line of a flow: its fields, and ``kind`` ``flow``."""
-    plain, whole = _plain(flow)
+    plain, whole = to_plain(flow)
     values = {"version": VERSION, "kind": FLOW, **plain, "cut": [] if whole else [FLOW]}
     return json.dumps(values, separators=(",", ":"), allow_nan=False).encode("ascii") + b"\n"
-
-
-@cache
-def _names(kind: Any) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(kind))
-
-
-def _plain(value: Any) -> tuple[Any, bool]:
-    """The value as JSON has it, bounded, and whether that is all of it."""
-    if isinstance(value, str):
-        return value[:_TEXT], len(value) <= _TEXT
-    if isinstance(value, Enum):
-        return value.value, True
-    if isinstance(value, tuple):
-        return _list(value)
-    if is_dataclass(value):
-        kind: Any = type(value)
-        members = {name: _plain(getattr(value, name)) for name in _names(kind)}
-        return {name: plain for name, (plain, _) in members.items()}, all(whole for _, whole in members.values())
-    return value, True
-
-
-def _list(values: tuple[Any, ...]) -> tuple[list[Any], bool]:
-    found: list[Any] = []
-    left, all_whole = _WORDS, len(values) <= _MANY
-    for value in values[:_MANY]:
-        plain, whole = _plain(value)
-        left -= len(str(plain))
-        if left < 0:
-            return found, False
-        found.append(plain)
-        all_whole = all_whole and whole
-    return found, all_whole
 
 
 # ---- reading ----
@@ -230,13 +160,13 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:
 
 def flow_fields(flow: Flow) -> dict[str, Any]:
     """The fields of a flow as JSON has them, bounded."""
-    fields_of: dict[str, Any] = _plain(flow)[0]
+    fields_of: dict[str, Any] = to_plain(flow)[0]
     return fields_of
 
 
 def flow_of(values: object) -> Flow:
     """The flow of such fields. Raises ValueError (or RecursionError)."""
-    flow: Flow = _value(Flow, values)
+    flow: Flow = from_plain(Flow, values)
     return flow
 
 
@@ -249,65 +179,20 @@ def decode(line: bytes) -> tuple[Decision, frozenset[str]]:
     """The decision of a line, and which of its fields were cut. Raises ValueError (or RecursionError)."""
     if not line.endswith(b"\n"):
         raise ValueError("the line is too long, or has no end (was its writer stopped?)")
-    values = json.loads(line.decode("ascii"), object_pairs_hook=_unique, parse_constant=_refuse)
+    values = json.loads(line.decode("ascii"), object_pairs_hook=unique, parse_constant=refuse)
     if not isinstance(values, dict):
         raise ValueError("it is no object")
     if values.pop("version", None) != VERSION:
         raise ValueError(f"it is not of version {VERSION}")
-    cut = frozenset(_value(tuple[str, ...], values.pop("cut", None)))
-    name = _value(str, values.pop("action", None))
-    kind = _value(Kind, values.pop("kind", None))
-    subject: Subject = _value(_subject_type(kind), values.pop("subject", None))
-    action = Action(kind, subject, _value(Origin, values.pop("origin", None)))
+    cut = frozenset(from_plain(tuple[str, ...], values.pop("cut", None)))
+    name = from_plain(str, values.pop("action", None))
+    kind = from_plain(Kind, values.pop("kind", None))
+    subject: Subject = from_plain(subject_type(kind), values.pop("subject", None))
+    action = Action(kind, subject, from_plain(Origin, values.pop("origin", None)))
     word = values.get("verdict")
     if word not in ("allow", "ask", "deny", "kill"):
         raise ValueError("its verdict is none")
     values["verdict"] = Verdict[word.upper()]
-    if name != action.name[:_TEXT]:
+    if name != action.name[: WHOLE.text]:
         raise ValueError("its action is not that of its subject")
-    return _value(Decision, values, action=action, asked=()), cut
-
-
-def _subject_type(kind: Kind) -> type[Any]:
-    return _SUBJECTS.get(kind) or _FAMILIES[kind.value.partition(".")[0]]
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name is given twice")
-    return found
-
-
-def _refuse(constant: str) -> object:
-    raise ValueError(f"{constant} is no number")
-
-
-@cache
-def _hints(kind: type[Any]) -> Mapping[str, Any]:
-    return get_type_hints(kind)
-
-
-def _value(wanted: Any, given: Any, **known: object) -> Any:
-    """``given`` as a value of the type ``wanted``, nothing converted that the writer would not have written so."""
-    if get_origin(wanted) in (Union, UnionType):
-        (other,) = (each for each in get_args(wanted) if each is not type(None))
-        return None if given is None else _value(other, given)
-    if get_origin(wanted) is tuple:
-        if not isinstance(given, list) or len(given) > _MANY:
-            raise ValueError("a list is none, or too long")
-        return tuple(_value(get_args(wanted)[0], each) for each in given)
-    if isinstance(wanted, type) and is_dataclass(wanted):
-        if not isinstance(given, dict) or given.keys() != _hints(wanted).keys() - known.keys():
-            raise ValueError(f"its {wanted.__name__.lower()} has other fields than it must")
-        return wanted(**{name: _value(_hints(wanted)[name], each) for name, each in given.items()}, **known)
-    if wanted is float and type(given) in (int, float):
-        number = float(given)
-        if not isfinite(number):
-            raise ValueError("a number is too large")
-        return number
-    if isinstance(wanted, type) and issubclass(wanted, Enum):
-        return given if type(given) is wanted else wanted(given)
-    if type(given) is not wanted:
-        raise ValueError(f"{repr(given)[:40]} is not of type {wanted.__name__}")
-    return given
+    return from_plain(Decision, values, action=action, asked=()), cut

@@ -1,4 +1,4 @@
-"""What is told of decisions: to the log (which comes with its own issue), to the agent, to tests.
+"""What is told of decisions: to the log (:mod:`corral.log`), to the agent, to tests.
 
 A flood of equal refusals becomes one record with a count, so that neither memory nor a reader drowns; nothing is
 dropped, and the count says so (I9).
@@ -14,7 +14,7 @@ from dataclasses import replace
 from sys import getsizeof
 from typing import Protocol, runtime_checkable
 
-from corral.actions import Action, Decision, File, Flow, Program, Request, Verdict
+from corral.actions import Action, Decision, File, Flow, Kind, Program, Request, Verdict
 from corral.errors import CorralError
 
 BURST = 16
@@ -31,6 +31,19 @@ class Sink(Protocol):
 
     def write(self, decision: Decision) -> None:
         """Returns when the record is safe. Raises where it cannot be; the sandbox then ends."""
+
+
+@runtime_checkable
+class Ledger(Protocol):
+    """A sink that takes decisions at once and makes them safe a little later, many at a time."""
+
+    @property
+    def unawaited(self) -> frozenset[Kind]:
+        """What is let go on before its record is safe, because its effect does not outlive the sandbox."""
+
+    def when_safe(self, callback: Callable[[Exception | None], None]) -> None:
+        """Calls back once all that the calling thread has written is safe, or with why it never will be: at once, or
+        later and from any thread. Does not raise."""
 
 
 @runtime_checkable

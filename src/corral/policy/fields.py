@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema
 
-from corral.actions import Verdict
+from corral.actions import Kind, Verdict
 from corral.policy.document import quoted
 from corral.policy.matching import escape_glob
 from corral.policy.model import GIB, KIB, MIB, Degradation
@@ -242,6 +242,18 @@ def degradation(name: object) -> Degradation:
     return Degradation(name)
 
 
+def action_class(name: object) -> Kind:
+    """A class of actions."""
+    known = [each.value for each in Kind]
+    if isinstance(name, Kind):
+        return name
+    if not isinstance(name, str):
+        raise ValueError(f"must be a name (known: {', '.join(known)})")
+    if name not in known:
+        raise ValueError(f"{quoted(name)} is not a class of actions ({nearest(name, known)})")
+    return Kind(name)
+
+
 # --- System calls ---------------------------------------------------------------------------------------------------
 
 _CALL = re.compile(r"[a-z_][a-z0-9_]{0,63}")
@@ -304,6 +316,7 @@ _DURATIONS = WithJsonSchema(
     {"anyOf": [{"type": "number"}, {"type": "string", "pattern": DURATION}], "examples": ["90s", "2h"]}
 )
 _PROFILES = WithJsonSchema({"anyOf": [{"enum": list(PROFILES)}, {"type": "string", "pattern": "/"}]})
+_KINDS = WithJsonSchema({"enum": [each.value for each in Kind]})
 _WALLS = WithJsonSchema({"enum": [wall.value for wall in Degradation]})
 
 
@@ -326,6 +339,7 @@ Profile = Annotated[str, AfterValidator(profile), _PROFILES]
 Walls = Annotated[
     tuple[Annotated[Degradation, BeforeValidator(degradation), _WALLS], ...], Field(max_length=MAX_ENTRIES)
 ]
+Kinds = Annotated[tuple[Annotated[Kind, BeforeValidator(action_class), _KINDS], ...], Field(max_length=MAX_ENTRIES)]
 PassedVariables = Annotated[
     tuple[Annotated[str, AfterValidator(passed_variable), _PASSED], ...], Field(max_length=MAX_ENTRIES)
 ]

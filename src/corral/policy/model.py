@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from corral.actions import Verdict
+from corral.actions import Kind, Verdict
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -276,6 +276,29 @@ class Autonomy:
     """0: nothing."""
 
 
+INSIDE = (
+    Kind.FILE_CHMOD,
+    Kind.FILE_LINK,
+    Kind.FILE_OPEN,
+    Kind.FILE_RENAME,
+    Kind.FILE_UNLINK,
+    Kind.KERNEL,
+    Kind.NET_BIND,
+    Kind.NET_LISTEN,
+    Kind.NET_SOCKET,
+    Kind.PROCESS_EXEC,
+)
+"""What has effects inside the sandbox only, which vanish with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """How decisions are recorded, where there is a log."""
+
+    asynchronous: tuple[Kind, ...] = INSIDE
+    """Actions that go on before their record is durable. All others wait for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Resources:
     """Upper bounds for the whole sandbox. ``None`` means no bound."""
@@ -322,6 +345,7 @@ class Policy:
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     approvals: Approvals = field(default_factory=Approvals)
+    log: Log = field(default_factory=Log)
     detection: Detection = field(default_factory=Detection)
     autonomy: Autonomy = field(default_factory=Autonomy)
     allow_degraded: frozenset[Degradation] = frozenset()

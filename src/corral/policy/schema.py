@@ -15,6 +15,7 @@ from corral.policy.fields import (
     Answer,
     Duration,
     FormatVersion,
+    Kinds,
     Label,
     LargeSize,
     PassedVariables,
@@ -160,6 +161,13 @@ class ApprovalsSection(Strict):
     """Freeze the whole sandbox while one of its actions is held."""
 
 
+class LogSection(Strict):
+    """How decisions are recorded, where there is a log."""
+
+    asynchronous: Kinds = _DEFAULT.log.asynchronous
+    """Actions that go on before their record is durable; all others wait for it."""
+
+
 class DetectionSection(Strict):
     """Behaviour rules."""
 
@@ -191,6 +199,7 @@ class PolicyFile(Strict):
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
     approvals: ApprovalsSection = Field(default_factory=ApprovalsSection)
+    log: LogSection = Field(default_factory=LogSection)
     detection: DetectionSection = Field(default_factory=DetectionSection)
     autonomy: AutonomySection = Field(default_factory=AutonomySection)
     allow_degraded: Walls = ()

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from corral.actions import Flow
 from corral.errors import CorralError, RequestError, SandboxClosed
@@ -37,6 +37,9 @@ from corral.sandbox.results import ExecResult, Stats
 from corral.sandbox.stats import read_stats
 from corral.sandbox.streams import Collector, Feeder, make_pipe
 
+if TYPE_CHECKING:
+    from corral.log.writer import Log
+
 T = TypeVar("T")
 
 
@@ -46,7 +49,8 @@ class Sandbox:
     ``workspace`` is shown copy-on-write at its own path; ``user`` is ``agent``, ``root`` (of the sandbox, without any
     capability) or a number; ``root`` is an unpacked root file system to use instead of the host's system trees;
     ``listeners`` are TCP ports inside that this process accepts on (see :attr:`listeners`). ``keep`` decides whether
-    changes outlive the sandbox as a layer (see :attr:`kept`).
+    changes outlive the sandbox as a layer (see :attr:`kept`). What happens is recorded in ``log``, which several
+    sandboxes may share and which the caller closes; if it cannot be, the sandbox ends.
     """
 
     def __init__(
@@ -60,7 +64,14 @@ class Sandbox:
         environment: Mapping[str, str] | None = None,
         keep: bool = False,
         label: str = "",
+        log: Log | None = None,
     ) -> None:
+        self._log = log
+        hidden: tuple[str, ...] = ()
+        if log is not None:
+            from corral.log.places import files_of
+
+            hidden = files_of(log.directory)
         self._options = Options(
             workspace=os.fspath(workspace),
             policy=policy or Policy(),
@@ -69,6 +80,7 @@ class Sandbox:
             listeners=tuple(listeners),
             environment=os.environ if environment is None else environment,
             label=label,
+            hidden=hidden,
         )
         self._keep = keep
         self._core: Core | None = None
@@ -84,7 +96,7 @@ class Sandbox:
         if self._core is not None:
             raise RequestError("this sandbox has been started already")
         loop = asyncio.get_running_loop()
-        core = Core(prepare(self._options), loop)
+        core = self._make(loop)
         ready: asyncio.Future[None] = loop.create_future()
         core.when_ready(lambda error: _resolve(ready, error))
         core.when_ended(self._ended.set)
@@ -98,6 +110,14 @@ class Sandbox:
             raise
         registry.register(core, loop)
         return self
+
+    def _make(self, loop: asyncio.AbstractEventLoop) -> Core:
+        prepared = prepare(self._options)
+        if self._log is None:
+            return Core(prepared, loop)
+        from corral.sandbox.recording import recorded
+
+        return recorded(self._log, prepared, loop)
 
     async def close(self) -> None:
         """Ends everything inside; keeps the changes where that was asked for. May be called again."""

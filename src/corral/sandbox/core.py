@@ -17,9 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 from corral.errors import CorralError, ExecError, RequestError, SandboxClosed, WallError
-from corral.monitor.records import Sink
+from corral.monitor.records import Sink, unwritable
 from corral.reactor import Reactor, Timer
 from corral.sandbox import channel
 from corral.sandbox.cgroups import Controller
@@ -83,12 +84,28 @@ class _Running:
     failure: ExecError | None = None
 
 
+class Chronicle(Protocol):
+    """Is told of the life of a sandbox: of each command before it starts, and of ends when they have come.
+
+    Each raises where it cannot be recorded; the sandbox then ends (I3).
+    """
+
+    def exec_started(self, number: int, argv: Sequence[str], directory: str, user: int) -> None: ...
+
+    def exec_ended(self, number: int, result: Exit) -> None: ...
+
+    def ended(self, reason: str) -> None: ...
+
+
 class Core:
     """A sandbox from launch to end."""
 
-    def __init__(self, prepared: Prepared, reactor: Reactor, sinks: Sequence[Sink] = ()) -> None:
+    def __init__(
+        self, prepared: Prepared, reactor: Reactor, sinks: Sequence[Sink] = (), chronicle: Chronicle | None = None
+    ) -> None:
         """``sinks`` are told of every decision, beside those of the sandbox itself."""
         self.prepared = prepared
+        self._chronicle = chronicle
         self.state = State.LAUNCHING
         self.started_at = time.time()
         self.root_fd = -1
@@ -191,6 +208,9 @@ class Core:
         )
         number = self._next
         self._next = self._next % 0x7FFFFFFF + 1
+        where = directory or self.prepared.directory
+        if not self._tell(lambda chronicle: chronicle.exec_started(number, argv, where, uid)):
+            raise SandboxClosed(self._killed_because)
         memfd = channel.sealed_memfd("corral-exec", payload)
         self._execs[number] = _Running(on_exit, on_stop)
         self.notices.expect(number)
@@ -205,6 +225,16 @@ class Core:
         finally:
             os.close(memfd)
         return number
+
+    def _tell(self, what: Callable[[Chronicle], None]) -> bool:
+        """Whether it is recorded, where that is wanted; if it cannot be, this is the end."""
+        if self._chronicle is not None:
+            try:
+                what(self._chronicle)
+            except Exception as error:
+                self.kill(unwritable(error))
+                return False
+        return True
 
     def environment(self, user: int | None = None) -> dict[str, str]:
         """The variables of a command that ``user`` runs."""
@@ -314,7 +344,11 @@ class Core:
                 failure = running.failure
                 if failure and denials:
                     failure = ExecError(failure.stage, failure.what, failure.errno, summary(denials, dropped))
-                running.on_exit(Exit(report.status, report.usage, failure, denials, dropped))
+                self._exec_ended(report.id, running, Exit(report.status, report.usage, failure, denials, dropped))
+
+    def _exec_ended(self, number: int, running: _Running, result: Exit) -> None:
+        self._tell(lambda chronicle: chronicle.exec_ended(number, result))
+        running.on_exit(result)
 
     def _ready(self, report: Report) -> None:
         self.root_fd, self.layer_fd, *listeners = report.fds
@@ -373,7 +407,8 @@ class Core:
         execs, self._execs = self._execs, {}
         for number, running in execs.items():
             ended = running.failure or SandboxClosed(self.end_reason)
-            running.on_exit(Exit(signal.SIGKILL, _NO_USAGE, ended, *self.notices.take(number)))
+            self._exec_ended(number, running, Exit(signal.SIGKILL, _NO_USAGE, ended, *self.notices.take(number)))
+        self._tell(lambda chronicle: chronicle.ended(self.end_reason))
         self.notices.close()
         if never_ran and self._on_ready:
             error: CorralError | None = self._failure

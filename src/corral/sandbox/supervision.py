@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from corral.approvals.queue import Queue
 from corral.monitor.core import Monitor
-from corral.monitor.records import Account, Aggregator, Recent, Several, Sink, unwritable
+from corral.monitor.records import Account, Aggregator, Ledger, Recent, Several, Sink, unwritable
 from corral.policy.model import Processes
 from corral.policy.part import PolicyPart
 from corral.sandbox.prepare import Prepared
@@ -41,7 +41,13 @@ class Supervision:
         self._freeze, self._hold = policy.approvals.freeze, hold
         self._hold_lock = threading.Lock()
         self._records = Aggregator(Several(self.recent, *sinks))
-        self._monitor = Monitor(policy=PolicyPart(policy), sink=self._records, approvals=self.approvals, on_kill=end)
+        self._monitor = Monitor(
+            policy=PolicyPart(policy),
+            sink=self._records,
+            approvals=self.approvals,
+            on_kill=end,
+            ledgers=[sink for sink in sinks if isinstance(sink, Ledger)],
+        )
         self._prepared, self._keeper, self._end = prepared, keeper, end
         self._supervised: service.Supervised | None = None
         self.egress: Egress | None = None

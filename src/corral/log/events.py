@@ -1,0 +1,102 @@
+"""What a log records beside decisions and flows: the life of a session, and the log's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from corral.actions import Decision, Flow
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStarted:
+    """A sandbox is about to be built."""
+
+    workspace: str
+    label: str
+    policy: str
+    """The canonical form of the policy in force (:mod:`corral.policy.canonical`), cut where it is long; its hash, by
+    which it is known, stands in every record."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionEnded:
+    """Everything in the sandbox has ended."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExecStarted:
+    """Whoever controls the sandbox is about to run a command in it."""
+
+    exec: int
+    argv: tuple[str, ...]
+    directory: str
+    user: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExecEnded:
+    """That command has ended, or could not be started (``error``)."""
+
+    exec: int
+    status: int
+    """As wait(2) gives it."""
+    error: str
+    user_microseconds: int
+    """Of processor time, with the children that it waited for, as all that follows (getrusage(2))."""
+    system_microseconds: int
+    max_rss: int
+    """Bytes: the largest resident set of any single process."""
+    denials: int
+    """How much its processes were refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogRecovered:
+    """The log was opened after a crash, and something had to be mended."""
+
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRotated:
+    """Another key signs for the log from the next checkpoint on. Both are verifier keys (signed-note)."""
+
+    old: str
+    new: str
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadErased:
+    """Content was erased; what refers to it in the log stays."""
+
+    digest: str
+    by: str
+    why: str
+
+
+Event = (
+    Decision
+    | Flow
+    | SessionStarted
+    | SessionEnded
+    | ExecStarted
+    | ExecEnded
+    | LogRecovered
+    | KeyRotated
+    | PayloadErased
+)
+
+WORDS: dict[str, type[Event]] = {
+    "decision": Decision,
+    "flow": Flow,
+    "session.started": SessionStarted,
+    "session.ended": SessionEnded,
+    "exec.started": ExecStarted,
+    "exec.ended": ExecEnded,
+    "log.recovered": LogRecovered,
+    "log.key_rotated": KeyRotated,
+    "log.payload_erased": PayloadErased,
+}
+"""How a record says what it is."""

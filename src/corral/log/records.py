@@ -1,0 +1,278 @@
+"""Records: entries of a log, one event each, as canonical JSON (RFC 8785) in the shape of OCSF.
+
+``unmapped.corral`` holds the event itself, so that a record can be read back exactly: what it is (``event``), its
+fields, the monotonic time, and in ``cut`` the fields that are not exactly what was there, because they were too long,
+or no Unicode text (bytes of paths and arguments need not be; they become U+FFFD).
+
+Numbers are integers within 53 bits, since that is what canonical JSON can hold everywhere: times are milliseconds where
+OCSF wants them and microseconds elsewhere. With ASCII names and such numbers the encoder of the standard library writes
+what RFC 8785 wants; a test compares them. Control characters are escaped by JSON; DEL, C1 and characters that turn the
+direction of text are not: whoever prints a record escapes them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from corral.actions import Action, Decision, Kind, Origin, Verdict
+from corral.log.events import WORDS, Event
+from corral.log.ocsf import PROFILES, VERSION, Where, actor, common, fields_of
+from corral.log.tiles import MAX_ENTRY
+from corral.monitor.plain import Bounds, from_plain, refuse, subject_type, to_plain, unique
+
+Context = Where
+_BOUNDS = (Bounds(), Bounds(text=1024, entries=64, words=4096), Bounds(text=128, entries=16, words=512))
+"""What is too long with one is encoded with the next. With the last a record of any event fits."""
+_MICRO = 1_000_000
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_NAMES: dict[type[Any], str] = {kind: word for word, kind in WORDS.items()}
+_VERDICTS = {verdict.name.lower(): verdict for verdict in Verdict}
+_TIMES = {"decision": ("at", "held"), "flow": ("started", "seconds")}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What an entry says."""
+
+    event: Event
+    context: Context
+    sequence: int
+    """Of the record in its session, from 1, without gaps."""
+    at: int
+    """Microseconds since the epoch."""
+    monotonic: int
+    """Microseconds of the clock that nobody sets."""
+    cut: frozenset[str]
+    """Fields of the event that are not exactly what was there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What can be had of an entry without reading all of it."""
+
+    event: str
+    session: str
+    sandbox: str
+    agent: str
+    agent_version: str
+    policy_hash: str
+    sequence: int
+    at: int
+    class_uid: int
+    step: int = 0
+    exec: int = 0
+    action: str = ""
+    verdict: str = ""
+    rule: str = ""
+    decider: str = ""
+    count: int = 1
+    pid: int = 0
+    exe: str = ""
+    destination: str = ""
+    path: str = ""
+
+
+def encode(event: Event, context: Context, *, sequence: int, at: float, monotonic_ns: int) -> bytes:
+    """The entry of an event that happened ``at`` (seconds since the epoch)."""
+    for bounds in _BOUNDS:
+        entry = _encode(event, context, sequence, round(at * _MICRO), monotonic_ns // 1000, bounds)
+        if len(entry) <= MAX_ENTRY:
+            return entry
+    raise ValueError("an event does not fit into an entry")  # no event is so large; a log that fails stops its sandbox
+
+
+def _encode(event: Event, context: Context, sequence: int, at: int, monotonic: int, bounds: Bounds) -> bytes:
+    plain, cut = _plain(event, bounds)
+    origin = event.action.origin if isinstance(event, Decision) else getattr(event, "origin", None)
+    actor, own_origin, is_whole = _who(context, origin, bounds)
+    fields = {name: _json(value) for name, value in plain.items()}
+    if origin is not None:
+        plain["origin"], fields["origin"] = {"sandbox": origin.sandbox, "exec": origin.exec}, own_origin
+        cut += [] if is_whole else ["origin"]
+    about = fields_of(event, plain | {"process": _process_of(origin)}, context, bounds)
+    parts = {name: _json(value) for name, value in about.items()} | _common(context)
+    parts |= {"actor": actor, "time": str(at // 1000)}
+    word = _NAMES[type(event)]
+
+    def assembled() -> str:
+        metadata = f',"is_truncated":{"true" if cut else "false"},{_product(context)},"sequence":{sequence},'
+        own = (
+            f'"at":{at},"cut":{_json(sorted(cut))},"event":"{word}","fields":{_object(fields)},"monotonic":{monotonic}'
+        )
+        parts["metadata"] = f'{{"correlation_uid":{_json(context.session)}{metadata}"version":"{VERSION}"}}'
+        parts["unmapped"] = f'{{"corral":{{{own}}}}}'
+        return _object(parts)
+
+    try:
+        return assembled().encode()
+    except UnicodeEncodeError:
+        cut += [name for name, value in fields.items() if name not in cut and _SURROGATES.search(value)]
+        return _SURROGATES.sub("\ufffd", assembled()).encode()
+
+
+_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
+
+
+def _object(parts: dict[str, str]) -> str:
+    """An object of values that are JSON already."""
+    return "{" + ",".join([f'"{name}":{parts[name]}' for name in sorted(parts)]) + "}"
+
+
+# A session has few contexts, and a process that does much does it again and again.
+
+
+@lru_cache(maxsize=64)
+def _common(context: Context) -> dict[str, str]:
+    return {name: _json(value) for name, value in common(context).items()}
+
+
+@lru_cache(maxsize=64)
+def _product(context: Context) -> str:
+    product = {"name": "Corral", "vendor_name": "Corral", "version": context.product_version}
+    return f'"product":{_json(product)},"profiles":{_json(PROFILES)}'
+
+
+@lru_cache(maxsize=1024)
+def _who(context: Context, origin: Origin | None, bounds: Bounds) -> tuple[str, str, bool]:
+    """The actor and the origin as JSON, and whether the latter is whole."""
+    plain, is_whole = to_plain(origin, bounds)
+    return _json(actor(context, plain, bounds)), _json(plain), is_whole
+
+
+def _process_of(origin: Origin | None) -> dict[str, Any] | None:
+    return {"pid": origin.process.pid} if origin is not None and origin.process is not None else None
+
+
+def _plain(event: Event, bounds: Bounds) -> tuple[dict[str, Any], list[str]]:
+    """The fields of an event but for its origin, and which of them are not whole."""
+    if isinstance(event, Decision):
+        action = event.action
+        values: dict[str, Any] = {
+            "kind": action.kind,
+            "subject": action.subject,
+            "verdict": event.verdict.name.lower(),
+            "rule": event.rule,
+            "reason": event.reason,
+            "advice": event.advice,
+            "decider": event.decider,
+            "number": event.number,
+            "private": event.private,
+            "count": event.count,
+            "answered_by": event.answered_by,
+        }
+    else:
+        values = {name: getattr(event, name) for name in type(event).__dataclass_fields__ if name != "origin"}
+    plain: dict[str, Any] = {}
+    cut: list[str] = []
+    for name, value in values.items():
+        plain[name], whole = to_plain(value, bounds)
+        if not whole:
+            cut.append(name)
+    for name in _TIMES.get(_NAMES[type(event)], ()):
+        plain[name] = round(getattr(event, name) * _MICRO)
+    return plain, cut
+
+
+# ---- reading ----
+
+
+def _loaded(entry: bytes) -> dict[str, Any]:
+    values = json.loads(entry.decode(), object_pairs_hook=unique, parse_constant=refuse)
+    if not isinstance(values, dict):
+        raise ValueError("it is no object")
+    return values
+
+
+def decode(entry: bytes) -> Record:
+    """What an entry says. Raises ValueError (or RecursionError) for what :func:`encode` has not written."""
+    values = _loaded(entry)
+    try:
+        return _decoded(values)
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("it is no record: a field is missing, or of another type") from None
+
+
+def _decoded(values: dict[str, Any]) -> Record:
+    own, metadata = values["unmapped"]["corral"], values["metadata"]
+    if metadata["version"] != VERSION:
+        raise ValueError(f"it is of another version of OCSF than {VERSION}")
+    cut = frozenset(from_plain(tuple[str, ...], own["cut"]))
+    word, fields = from_plain(str, own["event"]), dict(own["fields"])
+    kind = WORDS.get(word)
+    if kind is None:
+        raise ValueError("it is of no event that is known here")
+    times = {name: from_plain(int, fields.pop(name)) / _MICRO for name in _TIMES.get(word, ())}
+    if kind is Decision:
+        action_kind = from_plain(Kind, fields.pop("kind"))
+        subject = from_plain(subject_type(action_kind), fields.pop("subject"))
+        times["action"] = Action(action_kind, subject, from_plain(Origin, fields.pop("origin")))
+        times["verdict"] = _VERDICTS[fields.pop("verdict")]
+        times["asked"] = ()
+    event = from_plain(kind, fields, **times)
+    actor, policy = values["actor"], values["policy"]
+    context = Context(
+        from_plain(str, actor["app_name"]),
+        from_plain(str, actor["app_uid"]),
+        from_plain(str, policy["name"]),
+        from_plain(str, policy["uid"]),
+        from_plain(str, metadata["correlation_uid"]),
+        from_plain(str, values["device"]["uid"]),
+        from_plain(str, metadata["product"]["version"]),
+    )
+    sequence, at, monotonic = (from_plain(int, each) for each in (metadata["sequence"], own["at"], own["monotonic"]))
+    return Record(event, context, sequence, at, monotonic, cut)
+
+
+def summary(entry: bytes) -> Summary:
+    """What an index needs of an entry. Raises ValueError (or RecursionError) for what is no record."""
+    values = _loaded(entry)
+    try:
+        return _summary(values)
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("it is no record: a field is missing, or of another type") from None
+
+
+def _summary(values: dict[str, Any]) -> Summary:
+    own, metadata, actor = values["unmapped"]["corral"], values["metadata"], values["actor"]
+    fields = own["fields"]
+    origin: dict[str, Any] = fields.get("origin") or {}
+    process = origin.get("process") or {}
+    subject = fields.get("subject") or {}
+    endpoint = fields.get("endpoint") or subject.get("endpoint") or ("transport" in subject and subject) or {}
+    word = own["event"]
+    action = word if word != "decision" else fields["kind"]
+    return Summary(
+        event=word,
+        session=metadata["correlation_uid"],
+        sandbox=values["device"]["uid"],
+        agent=actor["app_name"],
+        agent_version=actor["app_uid"],
+        policy_hash=values["policy"]["uid"],
+        sequence=metadata["sequence"],
+        at=own["at"],
+        class_uid=values["class_uid"],
+        step=origin.get("step", 0),
+        exec=origin.get("exec", fields.get("exec", 0)),
+        action=f"kernel.{subject['name']}" if action == Kind.KERNEL.value else action,
+        verdict=fields.get("verdict", ""),
+        rule=fields.get("rule", ""),
+        decider=fields.get("decider", ""),
+        count=fields.get("count", 1),
+        pid=process.get("pid", 0),
+        exe=process.get("exe", ""),
+        destination=_destination(endpoint),
+        path=subject.get("path", "") if "transport" not in subject else "",
+    )
+
+
+def _destination(endpoint: dict[str, Any]) -> str:
+    if not endpoint:
+        return ""
+    if endpoint["transport"] == "unix":
+        return f"unix:{endpoint['path']}"
+    host = endpoint["name"] or endpoint["address"]
+    return f"[{host}]:{endpoint['port']}" if ":" in host else f"{host}:{endpoint['port']}"

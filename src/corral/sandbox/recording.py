@@ -1,0 +1,74 @@
+"""A sandbox's session in a log: who it is and what is in force, each command, and the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from corral.log.events import ExecEnded, ExecStarted, SessionEnded, SessionStarted
+from corral.log.records import Context
+from corral.log.sink import SessionLog
+from corral.log.writer import Log
+from corral.monitor.records import Sink
+from corral.policy.canonical import canonical_form, policy_hash
+from corral.reactor import Reactor
+from corral.sandbox.core import Core, Exit
+from corral.sandbox.prepare import Prepared
+from corral.version import VERSION
+
+_MICRO = 1_000_000
+
+
+def recorded(log: Log, prepared: Prepared, reactor: Reactor, sinks: Sequence[Sink] = ()) -> Core:
+    """A sandbox of which everything is recorded, and which ends if it cannot be. Raises as Core; LogUnwritable."""
+    try:
+        recorder = Recorder(log, prepared)
+    except BaseException:
+        prepared.identity.release()
+        raise
+    core = Core(prepared, reactor, (*sinks, recorder.session), recorder)
+    recorder.session.when_failed(core.kill)
+    return core
+
+
+class Recorder:
+    """Tells a log of one sandbox: ``session`` of decisions and flows, itself of its life (``core.Chronicle``)."""
+
+    def __init__(self, log: Log, prepared: Prepared) -> None:
+        """Records that the session begins. Raises LogUnwritable."""
+        options = prepared.options
+        policy = options.policy
+        context = Context(
+            agent=policy.agent.name,
+            agent_version=policy.agent.version,
+            policy=policy.agent.name,
+            policy_hash=policy_hash(policy),
+            session=prepared.id,
+            sandbox=prepared.id,
+            product_version=VERSION,
+        )
+        self.session = SessionLog(log, context, unawaited=frozenset(policy.log.asynchronous))
+        """The sink for the monitor."""
+        form = canonical_form(policy).decode()
+        self.session.record(SessionStarted(os.fspath(options.workspace), options.label, form))
+
+    def exec_started(self, number: int, argv: Sequence[str], directory: str, user: int) -> None:
+        self.session.record(ExecStarted(number, tuple(argv), directory, user))
+
+    def exec_ended(self, number: int, result: Exit) -> None:
+        usage = result.usage
+        self.session.record(
+            ExecEnded(
+                number,
+                result.status,
+                str(result.error or ""),
+                round(usage.user_seconds * _MICRO),
+                round(usage.system_seconds * _MICRO),
+                usage.max_rss,
+                sum(denial.count for denial in result.denials) + result.denials_dropped,
+            )
+        )
+
+    def ended(self, reason: str) -> None:
+        self.session.record(SessionEnded(reason))
+        self.session.close()

@@ -1,0 +1,329 @@
+"""What is recorded of a sandbox, and that nothing happens that cannot be (I3, I4, I9, I10)."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corral.actions import Decision, Kind, Verdict
+from corral.errors import SandboxClosed
+from corral.log import writer
+from corral.log.events import Event, ExecEnded, ExecStarted, SessionEnded, SessionStarted
+from corral.log.gaps import Gaps
+from corral.log.places import key_path, open_log
+from corral.log.reader import Reader
+from corral.log.records import Record, decode
+from corral.log.signing import read_keys
+from corral.log.verify import verify_log
+from corral.log.writer import Log
+from corral.policy.canonical import policy_hash
+from corral.policy.load import parse_policy
+from corral.sandbox.box import Sandbox
+from tests.contain.command_line import CommandLine, adopting_orphans
+from tests.contain.conftest import wait_until
+
+CONNECT = "import socket; socket.create_connection(('127.0.0.1', {port})).close()"
+
+
+@pytest.fixture
+def cli(tmp_path: Path, workspace: Path) -> Iterator[CommandLine]:
+    with adopting_orphans():
+        yield CommandLine(tmp_path, workspace)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    return tmp_path / "records" / "log"
+
+
+@pytest.fixture
+async def log(place: Path) -> AsyncIterator[Log]:
+    opened = open_log(place)
+    yield opened
+    await asyncio.to_thread(_close, opened)
+
+
+def _close(opened: Log) -> None:
+    with suppress(writer.LogUnwritable):  # which is what a test wanted
+        opened.close()
+
+
+def records(place: Path) -> list[Record]:
+    return [decode(entry) for _, entry in Reader(place).entries()]
+
+
+def events(place: Path, kind: type[Event]) -> list[Any]:
+    return [record.event for record in records(place) if isinstance(record.event, kind)]
+
+
+def verified(place: Path) -> int:
+    """How many entries a log has, all of which are as they were signed, without gaps."""
+    report = verify_log(place, read_keys(place), look=Gaps())
+    assert report.faults == []
+    return report.size
+
+
+def test_a_run_is_recorded_from_its_beginning_to_its_end(cli: CommandLine, place: Path) -> None:
+    done = cli.run(
+        "--log", str(place), "--label", "a label", "--", "sh", "-c", "mount -t tmpfs x /mnt 2>/dev/null; exit 3"
+    )
+    assert done.returncode == 3
+    found = records(place)
+    assert isinstance(found[0].event, SessionStarted)
+    assert found[0].event.label == "a label"
+    assert isinstance(found[1].event, ExecStarted)
+    assert found[1].event.argv[:2] == ("sh", "-c")
+    ended, last = found[-2].event, found[-1].event
+    assert isinstance(ended, ExecEnded)
+    assert os.waitstatus_to_exitcode(ended.status) == 3
+    assert ended.denials == 1
+    assert isinstance(last, SessionEnded)
+    refused = [event for event in events(place, Decision) if event.verdict is Verdict.DENY]
+    assert [decision.action.name for decision in refused] == ["kernel.mount"]
+    assert any(decision.action.kind is Kind.PROCESS_EXEC for decision in events(place, Decision))
+    assert [record.sequence for record in found] == list(range(1, len(found) + 1))
+    assert verified(place) == len(found)
+
+
+def test_every_record_names_agent_policy_session_and_step(cli: CommandLine, place: Path, tmp_path: Path) -> None:
+    """I10."""
+    text = "agent: {name: coder, version: '7'}\n"
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(text)
+    assert cli.run("--log", str(place), "--policy", str(policy), "--", "true").returncode == 0
+    contexts = {record.context for record in records(place)}
+    (context,) = contexts
+    assert (context.agent, context.agent_version) == ("coder", "7")
+    assert context.policy_hash == policy_hash(parse_policy(text, source="policy.yaml"))
+    origins = [event.action.origin for event in events(place, Decision)]
+    assert {(origin.session, origin.step, origin.exec) for origin in origins} == {(context.session, 1, 1)}
+
+
+def test_runs_at_the_same_time_share_one_log(cli: CommandLine, place: Path) -> None:
+    running = [cli.start("run", "--log", str(place), "--", "sh", "-c", f"exit {number}") for number in range(4)]
+    assert [each.wait(60) for each in running] == list(range(4))
+    assert len(events(place, SessionEnded)) == 4
+    assert verified(place) == len(records(place))
+
+
+def test_a_run_that_is_killed_leaves_a_log_that_goes_on(cli: CommandLine, place: Path) -> None:
+    with cli.live("--log", str(place), "--", "sleep", "600") as (_, running):
+        assert wait_until(lambda: any(events(place, Decision)))
+        running.send_signal(signal.SIGKILL)
+        running.wait(60)
+    assert cli.run("--log", str(place), "--", "true").returncode == 0
+    assert len(events(place, SessionStarted)) == 2
+    assert len(events(place, SessionEnded)) == 1
+    verified(place)
+
+
+def test_the_log_and_its_key_are_absent_inside(cli: CommandLine, workspace: Path) -> None:
+    """I4, where the log lies in the workspace itself."""
+    place = workspace / "log"
+    look = "cat log/keys log/checkpoint log.key; ls -A log; echo x >log/checkpoint; rm -rf log log.key; :"
+    done = cli.run("--log", str(place), "--discard", "--", "sh", "-c", look)
+    assert (done.returncode, done.stdout) == (0, b"")
+    verified(place)
+
+
+def test_a_log_that_is_not_one_is_a_clear_error(cli: CommandLine, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    done = cli.run("--log", str(file), "--", "touch", "ran")
+    assert done.returncode == 125
+    assert b"log" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+# ---- record before effect ----
+
+
+class Disk:
+    """Holds up or fails what makes the log durable."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.works = threading.Event()
+        self.works.set()
+        self.error = 0
+        self._sync: Callable[[int], None] = os.fdatasync
+        monkeypatch.setattr(os, "fdatasync", self.fdatasync)
+
+    def fdatasync(self, fd: int) -> None:
+        if threading.current_thread().name == "corral-log":
+            self.works.wait(60)
+            if self.error:
+                raise OSError(self.error, os.strerror(self.error))
+        self._sync(fd)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch, log: Log) -> Iterator[Disk]:
+    made = Disk(monkeypatch)
+    yield made
+    made.works.set()
+
+
+def listening() -> tuple[socket.socket, int]:
+    server = socket.socket()
+    server.bind(("127.0.0.1", 0))
+    server.listen()
+    return server, server.getsockname()[1]
+
+
+SERVE = """
+import socket, sys
+server = socket.create_server(("127.0.0.1", 8000))
+print("ready", flush=True)
+server.accept()
+print("accepted", flush=True)
+"""
+
+
+async def test_i3_nothing_happens_before_its_record_is_durable(workspace: Path, log: Log, disk: Disk) -> None:
+    async with Sandbox(workspace, log=log) as box:
+        server = await box.start_process(["/usr/bin/python3", "-c", SERVE])
+        assert server.stdout is not None
+        assert await server.stdout.readline() == b"ready\n"
+        disk.works.clear()
+        client = await box.start_process(["/usr/bin/python3", "-c", CONNECT.format(port=8000)])
+        accepted = asyncio.ensure_future(server.stdout.readline())
+        done, _ = await asyncio.wait([accepted], timeout=1.5)
+        assert not done, "it connected although its record was not durable"
+        disk.works.set()
+        assert await asyncio.wait_for(accepted, 60) == b"accepted\n"
+        assert (await client.wait()).code == 0
+    connects = [event for event in events(log.directory, Decision) if event.action.kind is Kind.NET_CONNECT]
+    assert [decision.verdict for decision in connects] == [Verdict.ALLOW]
+
+
+async def test_i3_what_stays_inside_goes_on_meanwhile(workspace: Path, log: Log, disk: Disk) -> None:
+    async with Sandbox(workspace, log=log) as box:
+        disk.works.clear()
+        result = await box.exec(["sh", "-c", "ls >/dev/null; echo done"], timeout=60)
+        assert result.text == "done\n"
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.EROFS])
+async def test_i3_a_log_that_cannot_be_written_ends_the_sandbox(
+    workspace: Path, log: Log, disk: Disk, error: int
+) -> None:
+    box = await Sandbox(workspace, log=log).start()
+    try:
+        disk.error = error
+        with pytest.raises(SandboxClosed, match="log cannot be written"):
+            for _ in range(1000):
+                await box.exec(["sh", "-c", "ls >/dev/null"], timeout=60)
+    finally:
+        await box.close()
+    assert log.failure is not None
+    assert os.strerror(error) in str(log.failure)
+
+
+async def test_i3_what_waits_for_its_record_is_refused_when_that_fails(workspace: Path, log: Log, disk: Disk) -> None:
+    async with Sandbox(workspace, log=log) as box:
+        server = await box.start_process(["/usr/bin/python3", "-c", SERVE])
+        assert server.stdout is not None
+        assert await server.stdout.readline() == b"ready\n"
+        disk.works.clear()
+        await box.start_process(["/usr/bin/python3", "-c", CONNECT.format(port=8000)])
+        await asyncio.sleep(0.5)
+        disk.error = errno.EIO
+        disk.works.set()
+        assert await asyncio.wait_for(server.stdout.readline(), 60) == b"", "it connected without a record"
+        with pytest.raises(SandboxClosed):
+            await box.exec(["true"])
+
+
+async def test_other_sandboxes_without_a_log_go_on(workspace: Path, log: Log, disk: Disk) -> None:
+    async with Sandbox(workspace) as other, Sandbox(workspace, log=log) as box:
+        disk.error = errno.EIO
+        with pytest.raises(SandboxClosed):
+            for _ in range(1000):
+                await box.exec(["true"], timeout=60)
+        assert (await other.exec(["echo", "alive"])).text == "alive\n"
+
+
+async def test_a_caller_that_dies_while_its_record_is_written_leaves_nothing(
+    workspace: Path, log: Log, disk: Disk
+) -> None:
+    async with Sandbox(workspace, log=log) as box:
+        disk.works.clear()
+        script = f'timeout -s KILL 0.5 /usr/bin/python3 -c "{CONNECT.format(port=9)}"; echo $?'
+        result = await box.exec(["sh", "-c", script], timeout=60)
+        assert result.text.strip() == "137"
+        disk.works.set()
+        assert (await box.exec(["echo", "alive"])).text == "alive\n"
+
+
+async def test_several_sandboxes_in_one_log(workspace: Path, log: Log) -> None:
+    boxes = [Sandbox(workspace, log=log) for _ in range(3)]
+    await asyncio.gather(*(box.start() for box in boxes))
+    await asyncio.gather(*(box.exec(["true"]) for box in boxes))
+    await asyncio.gather(*(box.close() for box in boxes))
+    log.seal()
+    ended = [record for record in records(log.directory) if isinstance(record.event, SessionEnded)]
+    assert len({record.context.session for record in ended}) == 3
+    verified(log.directory)
+
+
+# ---- corral log ----
+
+
+def command(cli: CommandLine, *words: str) -> subprocess.CompletedProcess[bytes]:
+    return cli("log", *words)
+
+
+def test_an_outsider_verifies_with_a_key_and_a_checkpoint_of_before(
+    cli: CommandLine, place: Path, tmp_path: Path
+) -> None:
+    assert cli.run("--log", str(place), "--", "true").returncode == 0
+    key = command(cli, "keys", "--log", str(place)).stdout.decode().strip()
+    kept = tmp_path / "kept"
+    kept.write_bytes(command(cli, "checkpoint", "--log", str(place)).stdout)
+    assert cli.run("--log", str(place), "--", "true").returncode == 0
+    words = ("--log", str(place), "--key", key, "--earlier", str(kept))
+    assert command(cli, "verify", *words).returncode == 0
+    proof = command(cli, "prove", "3", "--log", str(place)).stdout
+    (tmp_path / "proof").write_bytes(proof)
+    done = command(cli, "check", str(tmp_path / "proof"), "--key", key, "--json")
+    assert json.loads(done.stdout)["valid"] is True
+    # The owner of the log and of its key writes another history from the beginning.
+    for path in sorted(place.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    assert cli.run("--log", str(place), "--", "true").returncode == 0
+    assert cli.run("--log", str(place), "--", "true").returncode == 0
+    assert command(cli, "verify", "--log", str(place), "--key", key).returncode == 0
+    done = command(cli, "verify", *words)
+    assert done.returncode == 1
+    assert b"consistency" in done.stdout
+
+
+def test_a_new_key_signs_and_the_old_one_stays_known(cli: CommandLine, place: Path) -> None:
+    assert cli.run("--log", str(place), "--", "true").returncode == 0
+    before = command(cli, "keys", "--log", str(place)).stdout
+    assert command(cli, "rotate", "--log", str(place)).returncode == 0
+    assert cli.run("--log", str(place), "--", "true").returncode == 0
+    after = command(cli, "keys", "--log", str(place)).stdout.decode().splitlines()
+    assert after[0] == before.decode().strip()
+    assert len(after) == 2
+    assert command(cli, "verify", "--log", str(place), *(f"--key={key}" for key in after)).returncode == 0
+    assert key_path(place).with_name("log.key.1").exists()
+
+
+@pytest.mark.parametrize("words", [("verify",), ("keys",), ("prove", "0"), ("checkpoint",), ("rotate",)])
+def test_where_there_is_no_log_that_is_said(cli: CommandLine, tmp_path: Path, words: tuple[str, ...]) -> None:
+    done = command(cli, *words, "--log", str(tmp_path / "nothing"))
+    assert done.returncode == 125
+    assert b"there is no log" in done.stderr

@@ -1,0 +1,273 @@
+"""Records are canonical JSON, valid OCSF, one line whatever an agent does, and say exactly what happened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import jsonschema
+import pytest
+import rfc8785
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ocsf_json_schema import OcsfJsonSchemaEmbedded, get_ocsf_schema
+
+from corral.actions import (
+    Access,
+    Action,
+    Ancestor,
+    Decision,
+    Endpoint,
+    File,
+    Flow,
+    KernelCall,
+    Kind,
+    ModelCall,
+    Origin,
+    Process,
+    Program,
+    Query,
+    Request,
+    Socket,
+    Subject,
+    Transport,
+    Verb,
+    Verdict,
+)
+from corral.log.events import (
+    Event,
+    ExecEnded,
+    ExecStarted,
+    KeyRotated,
+    LogRecovered,
+    PayloadErased,
+    SessionEnded,
+    SessionStarted,
+)
+from corral.log.ocsf import PROFILES, VERSION
+from corral.log.records import Context, decode, encode, summary
+from corral.log.tiles import MAX_ENTRY
+from corral.monitor.plain import to_plain
+
+CONTEXT = Context("coder", "1.2", "policy.yaml", "sha256:" + "0" * 64, "session-1", "box-1", "0.1.0")
+HOSTILE = st.text(st.characters(codec=None, exclude_categories=()), max_size=30) | st.sampled_from(
+    ["\x1b[2J\x07", "a\nb", "\u202egpj.exe", "\udcff\udc80", "\x00", "\u2028", "</script>", '"\\', "\x9b31m", "é" * 40]
+)
+NAMES = st.none() | HOSTILE
+NUMBERS = st.integers(0, 2**31)
+ENDPOINTS = st.builds(
+    Endpoint, st.sampled_from(Transport), HOSTILE, st.integers(0, 65535), NAMES, HOSTILE, NAMES, st.booleans()
+)
+SUBJECTS: dict[Kind, st.SearchStrategy[Any]] = {
+    Kind.PROCESS_EXEC: st.builds(
+        Program, HOSTILE, st.lists(HOSTILE, max_size=4).map(tuple), st.booleans(), HOSTILE, HOSTILE, HOSTILE
+    ),
+    Kind.NET_SOCKET: st.builds(Socket, NUMBERS, NUMBERS, NUMBERS),
+    Kind.HTTP_REQUEST: st.builds(Request, ENDPOINTS, HOSTILE, HOSTILE),
+    Kind.MODEL_CALL: st.builds(ModelCall, HOSTILE),
+    Kind.DATA_QUERY: st.builds(Query, HOSTILE, HOSTILE, st.lists(HOSTILE, max_size=3).map(tuple)),
+    Kind.KERNEL: st.builds(KernelCall, HOSTILE, NUMBERS, HOSTILE, st.booleans()),
+}
+FILES = st.builds(File, HOSTILE, st.sampled_from(Access), HOSTILE)
+VERBS = st.builds(Verb, st.lists(HOSTILE, max_size=3).map(tuple))
+PROCESSES = st.builds(
+    Process,
+    NUMBERS,
+    NUMBERS,
+    NUMBERS,
+    HOSTILE,
+    st.lists(HOSTILE, max_size=4).map(tuple),
+    st.lists(st.builds(Ancestor, NUMBERS, HOSTILE), max_size=4).map(tuple),
+)
+ORIGINS = st.builds(Origin, HOSTILE, HOSTILE, NUMBERS, NUMBERS, st.none() | PROCESSES)
+MOMENTS = st.integers(0, 2**52).map(lambda number: number / 1_000_000)
+
+
+def subjects(kind: Kind) -> st.SearchStrategy[Any]:
+    if kind.value.startswith("file."):
+        return FILES
+    return VERBS if kind.value.startswith("sandbox.") else SUBJECTS.get(kind, ENDPOINTS)
+
+
+ACTIONS = st.sampled_from(Kind).flatmap(lambda kind: st.builds(Action, st.just(kind), subjects(kind), ORIGINS))
+DECISIONS = st.builds(
+    Decision,
+    ACTIONS,
+    st.sampled_from(Verdict),
+    HOSTILE,
+    HOSTILE,
+    HOSTILE,
+    HOSTILE,
+    NUMBERS,
+    MOMENTS,
+    st.booleans(),
+    NUMBERS,
+    MOMENTS,
+    HOSTILE,
+)
+FLOWS = st.builds(
+    Flow, ORIGINS, ENDPOINTS, HOSTILE, MOMENTS, MOMENTS, NUMBERS, NUMBERS, NUMBERS, NUMBERS, HOSTILE, HOSTILE, HOSTILE
+)
+LIFE = (
+    st.builds(SessionStarted, HOSTILE, HOSTILE, HOSTILE)
+    | st.builds(SessionEnded, HOSTILE)
+    | st.builds(ExecStarted, NUMBERS, st.lists(HOSTILE, max_size=4).map(tuple), HOSTILE, NUMBERS)
+    | st.builds(ExecEnded, NUMBERS, NUMBERS, HOSTILE, NUMBERS, NUMBERS, NUMBERS, NUMBERS)
+    | st.builds(LogRecovered, HOSTILE)
+    | st.builds(KeyRotated, HOSTILE, HOSTILE)
+    | st.builds(PayloadErased, HOSTILE, HOSTILE, HOSTILE)
+)
+EVENTS = DECISIONS | FLOWS | LIFE
+
+
+def encoded(event: Event, context: Context = CONTEXT) -> bytes:
+    return encode(event, context, sequence=7, at=1_790_000_000.25, monotonic_ns=123_456_789)
+
+
+def is_text(event: Event) -> bool:
+    """Whether all its texts can be written in UTF-8."""
+    try:
+        json.dumps(to_plain(event)[0], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="session")
+def validators() -> dict[int, Any]:
+    """A validator for each class, by its number."""
+    schema = OcsfJsonSchemaEmbedded(get_ocsf_schema(version=VERSION))
+    found = {}
+    for uid in (1001, 1003, 1007, 4001, 4002, 4003, 6002, 6003):
+        name = schema.lookup_class_name_from_uid(class_uid=uid)
+        found[uid] = jsonschema.Draft202012Validator(schema.get_class_schema(class_name=name, profiles=PROFILES))
+    return found
+
+
+def kinds_of_events() -> Iterator[Event]:
+    origin = Origin("box-1", "session-1", 3, 2, Process(10, 2, 5, "/bin/sh", ("sh", "-c", "x"), (Ancestor(1, "/x"),)))
+    endpoint = Endpoint(Transport.TCP, "192.0.2.1", 443, "example.test", protocol="tls")
+    examples: dict[Kind, Subject] = {
+        Kind.PROCESS_EXEC: Program("/bin/ls", ("ls", "-l"), digest="ab" * 32),
+        Kind.NET_SOCKET: Socket(2, 1, 0),
+        Kind.HTTP_REQUEST: Request(endpoint, "GET", "/a"),
+        Kind.MODEL_CALL: ModelCall("model-1"),
+        Kind.DATA_QUERY: Query("warehouse", "select", ("a", "b")),
+        Kind.KERNEL: KernelCall("mount", 1, "no"),
+    }
+    for kind in Kind:
+        other = (
+            File("/a/b", Access.WRITE, "/c" if kind is Kind.FILE_RENAME else "")
+            if kind.value.startswith("file.")
+            else Verb(("a",))
+        )
+        subject = examples.get(kind) or (endpoint if kind.value.startswith("net.") else other)
+        for verdict in Verdict:
+            yield Decision(Action(kind, subject, origin), verdict, "rule", "why", "advice", "policy", 4, 1.5, held=0.25)
+        yield Decision(
+            Action(kind, subject, replace(origin, process=None)), Verdict.DENY, "rule", "", "", "policy", 4, 1.5
+        )
+    yield Flow(origin, endpoint, "rule", 1.5, 2.5, 1, 2, 3, 4, "example.test", "ja4", "cd" * 32, True, "eof")
+    yield Flow(origin, replace(endpoint, name=None, address=""), "rule", 1.5, 2.5)
+    yield SessionStarted("/work", "label", "{}")
+    yield SessionEnded("closed")
+    yield ExecStarted(1, ("ls", "-l"), "/work", 1000)
+    yield ExecEnded(1, 256, "", 1, 2, 3, 4)
+    yield LogRecovered("12 bytes were cut off")
+    yield KeyRotated("a", "b")
+    yield PayloadErased("ab", "me", "asked to")
+
+
+@pytest.mark.parametrize("event", list(kinds_of_events()), ids=lambda event: type(event).__name__)
+def test_every_kind_of_record_is_valid_ocsf(event: Event, validators: dict[int, Any]) -> None:
+    record = json.loads(encoded(event))
+    validators[record["class_uid"]].validate(record)
+    assert record["type_uid"] // 100 == record["class_uid"]
+    assert record["class_uid"] // 1000 == record["category_uid"]
+
+
+@settings(max_examples=150)
+@given(EVENTS)
+def test_records_are_canonical_and_one_line(event: Event) -> None:
+    entry = encoded(event)
+    assert rfc8785.dumps(json.loads(entry)) == entry
+    assert not any(byte < 0x20 for byte in entry)
+    assert len(entry) <= MAX_ENTRY
+
+
+@settings(max_examples=150)
+@given(EVENTS)
+def test_what_was_written_is_read(event: Event) -> None:
+    record = decode(encoded(event))
+    assert (record.context, record.sequence) == (CONTEXT, 7)
+    assert (record.at, record.monotonic) == (1_790_000_000_250_000, 123_456)
+    if is_text(event):
+        assert record.cut == frozenset()
+        assert record.event == event
+    else:
+        assert type(record.event) is type(event)
+        assert record.cut
+
+
+@settings(max_examples=100)
+@given(EVENTS)
+def test_a_summary_says_the_same_as_the_whole(event: Event) -> None:
+    entry = encoded(event)
+    short, whole = summary(entry), decode(entry)
+    assert (short.sequence, short.at, short.session) == (7, whole.at, whole.context.session)
+    if isinstance(whole.event, Decision):
+        decision = whole.event
+        assert short.action == decision.action.name
+        assert short.verdict == decision.verdict.name.lower()
+        assert (short.rule, short.step) == (decision.rule, decision.action.origin.step)
+
+
+def test_ten_mebibytes_of_arguments_are_cut_and_said_to_be() -> None:
+    argv = ("sh", "\x1b" * (5 << 20), *(["\n" * 1000] * 5000))
+    process = Process(1, 1, 1, "/bin/sh", argv, tuple(Ancestor(1, "\0" * 4096) for _ in range(300)))
+    origin = Origin("box", "session", 0, 0, process)
+    action = Action(Kind.PROCESS_EXEC, Program("/bin/sh", argv), origin)
+    decision = Decision(action, Verdict.ALLOW, "r" * 9999, "w" * 9999, "a" * 9999, "policy", 1, 1.0)
+    entry = encoded(decision)
+    assert len(entry) <= MAX_ENTRY
+    record = decode(entry)
+    assert {"subject", "origin", "rule", "reason", "advice"} <= record.cut
+    assert json.loads(entry)["metadata"]["is_truncated"] is True
+
+
+def test_a_context_that_is_no_text_is_written_all_the_same() -> None:
+    entry = encoded(SessionEnded("x"), replace(CONTEXT, sandbox="\udcff"))
+    assert decode(entry).context.sandbox == "\ufffd"
+
+
+@settings(max_examples=100)
+@given(
+    st.binary(max_size=200)
+    | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(lambda value: json.dumps(value).encode())
+)
+def test_what_is_no_record_is_refused(entry: bytes) -> None:
+    for read in (decode, summary):
+        with pytest.raises((ValueError, RecursionError), match=None):
+            read(entry)
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_a_record_that_was_altered_is_refused_or_read_as_what_it_says(data: st.DataObject) -> None:
+    values = json.loads(encoded(next(kinds_of_events())))
+    own = values["unmapped"]["corral"]
+    place = data.draw(st.sampled_from([values, own, own["fields"], own["fields"]["origin"], values["metadata"]]))
+    name = data.draw(st.sampled_from(sorted(place)))
+    place[name] = data.draw(st.none() | st.integers() | st.text(max_size=3) | st.just([]) | st.just({}))
+    for read in (decode, summary):
+        with suppress(ValueError):
+            read(json.dumps(values).encode())
+
+
+def test_a_name_that_is_given_twice_is_refused() -> None:
+    entry = encoded(SessionEnded("x"))
+    with pytest.raises(ValueError, match="twice"):
+        decode(entry[:-1] + b',"time":1}')
