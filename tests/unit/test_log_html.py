@@ -88,7 +88,7 @@ def test_hostile_text_becomes_no_markup(said: str) -> None:
     content = render([hostile(said)], said, [(said, said)])
     found = Page(content)
     # The same elements and attributes as a page about nothing, but for the one fact about the session.
-    added = [("dt", {}), ("dd", {})]
+    added: list[tuple[str, dict[str, str | None]]] = [("dt", {}), ("dd", {})]
     start = EMPTY.index(("dl", {"class": "facts"})) + 1
     assert found.structure() == [*EMPTY[:start], *added, *EMPTY[start:]]
     assert content.replace("\n", "").isprintable()

@@ -2,8 +2,8 @@
 
 The algorithm is that of J. Misra and D. Gries, "Finding repeated elements" (Science of Computer Programming 2, 1982),
 with weights: at most ``size`` things are kept, and each count falls short of the true one by at most the total weight
-divided by ``size + 1``. So whatever is more frequent than that is in the result, and nobody can push it out with a flood
-of things that are each seen once.
+divided by ``size + 1``. So whatever is more frequent than that is in the result, and nobody can push it out with a
+flood of things that are each seen once.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class Frequent(Generic[Thing]):
 
     def add(self, thing: Thing, weight: int = 1) -> None:
         """Counts it ``weight`` times, at least once."""
+        weight = max(1, weight)
         self.total += weight
         if thing in self._counts or len(self._counts) < self._size:
             self._counts[thing] = self._counts.get(thing, 0) + weight

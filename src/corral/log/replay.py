@@ -1,7 +1,7 @@
 """Replays a time line in a terminal, or prints it where there is none.
 
-On a terminal the items come as they came then (see :mod:`corral.log.player`), each on lines of its own, so that what has
-gone by can be scrolled back to; the last line says where the replay is and what was typed. Every text goes through
+On a terminal the items come as they came then (see :mod:`corral.log.player`), each on lines of its own, so that what
+has gone by can be scrolled back to; the last line says where the replay is and what was typed. Every text goes through
 :func:`corral.log.items.shown` on its way out, whatever was done to it before: only this module's own control sequences
 reach the terminal.
 """

@@ -30,7 +30,8 @@ _BY_POLICY = frozenset({"the policy refuses it", "the policy asks for it"})
 widens (corral.supervisor.filter)."""
 
 _SECTION = re.compile(r"(filesystem|network|process|syscalls|model|data|built-in|policy)\b")
-"""What the name of a rule of :class:`PolicyPart` begins with; another part's question stays one whatever policy says."""
+"""What the name of a rule of :class:`PolicyPart` begins with. Another part's question stays one, whatever policy
+says."""
 
 Judge = Callable[[PolicyPart, Action], Opinion]
 
@@ -123,9 +124,7 @@ def _asked_for(outcome: Outcome) -> Verdict:
     return Verdict.ASK if outcome.answered_by else outcome.verdict
 
 
-def _difference(
-    number: int, decision: Decision, cut: frozenset[str], part: PolicyPart, judge: Judge
-) -> Difference:
+def _difference(number: int, decision: Decision, cut: frozenset[str], part: PolicyPart, judge: Judge) -> Difference:
     action = decision.action
     was = Outcome(decision.verdict, decision.rule, _answerer(decision))
 
