@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from corral.actions import Verdict
 from corral.errors import RequestError
-from corral.log.items import Item, ItemKind, clock, make_item, shown
+from corral.log.items import Detail, Item, ItemKind, clock, make_item, shown
 from corral.log.player import LONGEST_WAIT, Key, Player
 from corral.log.replay import item_text, parse_keys, print_items, replay
 
@@ -177,7 +177,7 @@ def test_sequences_that_mean_nothing_are_no_keys() -> None:
 def test_nothing_of_a_record_acts_on_a_terminal(text: str) -> None:
     """Also where an item was made without `make_item`."""
     made = make_item(1, ItemKind.TERMINAL, 0.0, 0.0, text, [(text, text)], verdict=Verdict.DENY)
-    raw = Item(1, ItemKind.TERMINAL, 0.0, 0.0, text, made.details)
+    raw = Item(1, ItemKind.TERMINAL, 0.0, 0.0, text, (Detail(text, text),))
     file = io.StringIO()
     print_items([made, raw], file, details=True)
     assert file.getvalue().replace("\n", "").isprintable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from statistics import median
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 import corral.log.review as review_module
 from corral.actions import Action, Endpoint, Kind, Transport, Verdict
 from corral.errors import RequestError
-from corral.log.digest import Digest, Miss
+from corral.log.digest import Denial, Digest, Miss
 from corral.log.events import Event, LogRecovered
 from corral.log.frequent import Frequent
 from corral.log.outliers import FEWEST, THRESHOLD, scores
@@ -285,6 +286,17 @@ def test_reports_print_hostile_text_harmlessly(text: str) -> None:
     assert content.replace("\n", "").isprintable()
     assert Page(content).structure() == Page("".join(report_html(plain))).structure()
     assert "script" not in {tag for tag, _ in Page(content).elements}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_reports_print_harmlessly_what_a_digest_should_not_have(text: str) -> None:
+    """The texts of a digest are printable; whoever prints them does not rely on it."""
+    digest = replace(reviewed([]), denials=(Denial(text, text, text, 1),), notes=(text,))
+    assert all(line.isprintable() for line in report_text(digest))
+    content = "".join(report_html(digest))
+    assert content.replace("\n", "").isprintable()
+    plain = replace(digest, denials=(Denial("a", "b", "c", 1),), notes=("d",))
+    assert Page(content).structure() == Page("".join(report_html(plain))).structure()
 
 
 @settings(max_examples=30, deadline=None)

@@ -114,6 +114,9 @@ def test_a_session_that_only_calls_itself_so_is_another() -> None:
     claims = decision(connect('x","correlation_uid":"session-1","'))
     with pytest.raises(RequestError):
         Timeline(Shelf(written([claims], '"session-1"')), "session-1")
+    forged = '"metadata":{"correlation_uid":"session-1"},"sequence":9,"unmapped":{"corral":{"at":1,"monotonic":1}}}'
+    with pytest.raises(RequestError):
+        Timeline(Shelf(written([decision(connect(forged))], "another")), "session-1")
 
 
 def test_missing_records_are_told() -> None:
@@ -125,11 +128,20 @@ def test_missing_records_are_told() -> None:
     assert not [detail for detail in found[1].details if detail.name == "missing"]
 
 
-def test_unreadable_records_are_counted() -> None:
+def test_a_record_of_an_unknown_event_is_told_as_such() -> None:
     entries = written(session())
     entries[1] = entries[1].replace(b'"exec.started"', b'"exec.unknown"')
     found = Timeline(Shelf(entries), "session-1")
-    assert found.unreadable == 1 and found.missing == 1 and len(found) == 3
+    assert len(found) == 4 and not found.missing and not found.unreadable
+    assert found[1].line.startswith("this record cannot be read") and found[1].offset == 1.0
+    assert found.first_record().sequence == 1
+
+
+def test_what_is_no_record_is_counted() -> None:
+    entries = written(session())
+    entries[1] = entries[1][:-1]
+    found = Timeline(Shelf(entries), "session-1")
+    assert len(found) == 3 and found.missing == found.unreadable == 1
 
 
 @pytest.mark.parametrize(("number", "unreadable"), [(10**400, 1), (-1, 1), (2**53, 1), (2**53 - 1, 0)])
@@ -137,7 +149,7 @@ def test_records_with_impossible_numbers_are_unreadable(number: int, unreadable:
     entries = written(session())
     value = json.loads(entries[1])
     value["unmapped"]["corral"]["at"] = number
-    entries[1] = json.dumps(value).encode().replace(b'"metadata": {', b'"metadata":{').replace(b": ", b":")
+    entries[1] = json.dumps(value, separators=(",", ":")).encode()
     assert Timeline(Shelf(entries), "session-1").unreadable == unreadable
     assert len(list(session_records(Shelf(entries)))) == 4 - unreadable
 
@@ -215,7 +227,7 @@ def test_of_a_real_log(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(), max_size=60))
-def test_whatever_a_record_says_items_are_printable(text: str) -> None:
+def test_whatever_a_record_says_items_are_printable_and_in_their_place(text: str) -> None:
     events: list[Event] = [
         decision(run(text, text), Verdict.DENY, text),
         decision(Action(Kind.NET_CONNECT, Endpoint(Transport.UNIX, path=text), ORIGIN), reason=text),
@@ -223,6 +235,9 @@ def test_whatever_a_record_says_items_are_printable(text: str) -> None:
         ExecStarted(1, (text, text), text, 0),
         SessionStarted(text, text, text),
     ]
-    for item in Timeline(Shelf(written(events)), "session-1"):
+    found = Timeline(Shelf(written(events, at=START + 5)), "session-1")
+    assert [item.offset for item in found] == [0.0, 1.0, 2.0, 3.0, 4.0] and not found.missing
+    assert [item.at for item in found] == [START + 5 + offset for offset in range(5)]
+    for item in found:
         assert item.line.isprintable()
         assert all(detail.text.replace("\n", "").isprintable() and detail.name.isprintable() for detail in item.details)

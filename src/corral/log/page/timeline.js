@@ -114,6 +114,7 @@
     clearTimeout(state.playing);
     state.playing = null;
     play.textContent = "Play";
+    status.setAttribute("aria-live", "polite");
   }
 
   function wait() {
@@ -126,6 +127,7 @@
   function toggle() {
     if (state.playing !== null) return stop();
     play.textContent = "Pause";
+    status.setAttribute("aria-live", "off"); // else a screen reader reads nothing but the time
     wait();
   }
 
