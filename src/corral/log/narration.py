@@ -1,0 +1,194 @@
+"""Records in words: what kind of item each is on a time line, its one line, and what more there is to say."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import signal
+from collections.abc import Iterator
+
+from corral.actions import Access, Decision, File, Flow, KernelCall, Kind, Process, Program
+from corral.log.events import (
+    Event,
+    ExecEnded,
+    ExecStarted,
+    KeyRotated,
+    LogRecovered,
+    PayloadErased,
+    SessionEnded,
+    SessionStarted,
+)
+from corral.log.items import Item, ItemKind, make_item
+from corral.log.records import Record
+
+MICROSECONDS = 1_000_000
+_WORDS = 4000
+"""Characters of an argument vector that are quoted for a detail."""
+_KINDS = {
+    Kind.NET_RESOLVE: ItemKind.FLOW,
+    Kind.HTTP_REQUEST: ItemKind.FLOW,
+    Kind.MODEL_CALL: ItemKind.REASONING,
+    Kind.DATA_QUERY: ItemKind.TOOL_CALL,
+    Kind.SANDBOX_SNAPSHOT: ItemKind.LIFECYCLE,
+    Kind.SANDBOX_RESTORE: ItemKind.LIFECYCLE,
+    Kind.SANDBOX_FORK: ItemKind.LIFECYCLE,
+    Kind.SANDBOX_APPLY: ItemKind.FILE_CHANGE,
+    Kind.SANDBOX_DISCARD: ItemKind.FILE_CHANGE,
+}
+
+_Details = Iterator[tuple[str, str]]
+
+
+def item_of(number: int, record: Record, offset: float, *, missing: str = "") -> Item:
+    """The item of a record. ``offset`` is in seconds; ``missing`` says what is missing before it, if anything is."""
+    event = record.event
+    kind, line, details = _told(event)
+    notes = [
+        *details,
+        ("not whole", ", ".join(sorted(record.cut))),
+        ("missing", missing),
+        ("record", f"{number}; {record.sequence} of its session"),
+    ]
+    origin = event.action.origin if isinstance(event, Decision) else event.origin if isinstance(event, Flow) else None
+    return make_item(
+        number,
+        kind,
+        record.at / MICROSECONDS,
+        offset,
+        line,
+        notes,
+        step=origin.step if origin is not None else 0,
+        verdict=event.verdict if isinstance(event, Decision) else None,
+    )
+
+
+def _told(event: Event) -> tuple[ItemKind, str, _Details]:
+    match event:
+        case Decision():
+            return _kind(event), _decision_line(event), _decision_details(event)
+        case Flow():
+            return ItemKind.FLOW, _flow_line(event), _flow_details(event)
+        case ExecStarted():
+            return ItemKind.TOOL_CALL, f"exec {event.exec}: {_command(event.argv)}", _exec_details(event)
+        case ExecEnded():
+            return ItemKind.TOOL_CALL, f"exec {event.exec} {_ending(event)}", _usage(event)
+        case SessionStarted():
+            details = iter([("workspace", event.workspace), ("label", event.label), ("policy", event.policy)])
+            return ItemKind.LIFECYCLE, "the session began", details
+        case SessionEnded():
+            return ItemKind.LIFECYCLE, f"the session ended: {event.reason}", iter(())
+        case LogRecovered():
+            return ItemKind.LIFECYCLE, f"the log was mended after a crash: {event.what}", iter(())
+        case KeyRotated():
+            return ItemKind.LIFECYCLE, "another key signs for the log", iter([("old", event.old), ("new", event.new)])
+        case PayloadErased():
+            line = f"content was erased by {event.by}: {event.why}"
+            return ItemKind.LIFECYCLE, line, iter([("content", event.digest)])
+
+
+# ---- decisions ----
+
+
+def _kind(decision: Decision) -> ItemKind:
+    if decision.decider == "approvals" and decision.answered_by:
+        return ItemKind.APPROVAL
+    action = decision.action
+    if isinstance(action.subject, File) and action.subject.access is Access.WRITE:
+        return ItemKind.FILE_CHANGE
+    return _KINDS.get(action.kind, ItemKind.SYSTEM_CALL)
+
+
+def _decision_line(decision: Decision) -> str:
+    times = f" ({decision.count} times)" if decision.count > 1 else ""
+    answered = f", answered by {decision.answered_by}" if decision.answered_by else ""
+    held = f" after {decision.held:.1f} s" if answered and decision.held else ""
+    return f"{decision.action}{times}{answered}{held}"
+
+
+def _decision_details(decision: Decision) -> _Details:
+    yield "rule", decision.rule
+    yield "reason", decision.reason
+    yield "advice", decision.advice
+    yield "decided by", decision.decider
+    yield "answered by", decision.answered_by
+    yield "held", f"{decision.held:.3f} s" if decision.held else ""
+    yield "times", str(decision.count) if decision.count > 1 else ""
+    yield "private", "the agent is told neither the rule nor its reason" if decision.private else ""
+    subject = decision.action.subject
+    if isinstance(subject, Program):
+        yield "arguments", _command(subject.argv) + (" (there were more)" if subject.truncated else "")
+        yield "sha256", subject.digest
+        yield "interpreter", subject.interpreter
+    elif isinstance(subject, KernelCall):
+        name = errno.errorcode.get(subject.errno, f"error {subject.errno}")
+        yield "refused as", f"{name}: {subject.reason}"
+    yield from _process(decision.action.origin.process)
+    if decision.action.origin.exec:
+        yield "exec", str(decision.action.origin.exec)
+
+
+def _process(process: Process | None) -> _Details:
+    if process is None:
+        return
+    yield "process", f"{process.exe} (pid {process.pid}, inside {process.inner_pid})"
+    yield "claims", _command(process.argv)
+    yield "started by", " < ".join(f"{each.exe} ({each.pid})" for each in process.ancestors)
+
+
+def _command(argv: tuple[str, ...]) -> str:
+    found: list[str] = []
+    left = _WORDS
+    for argument in argv:
+        if left <= 0:
+            return f"{' '.join(found)} ..."
+        found.append(shlex.quote(argument[:left]))
+        left -= len(argument) + 1
+    return " ".join(found)
+
+
+# ---- flows and commands ----
+
+
+def _flow_line(flow: Flow) -> str:
+    traffic = f"{flow.bytes_up} bytes out, {flow.bytes_down} in, {flow.seconds:.1f} s"
+    return f"{flow.endpoint}: {traffic}{f', {flow.close}' if flow.close else ''}"
+
+
+def _flow_details(flow: Flow) -> _Details:
+    yield "rule", flow.rule
+    yield "address", flow.endpoint.address
+    yield "protocol", flow.endpoint.protocol or ""
+    yield "segments", f"{flow.packets_up} out, {flow.packets_down} in"
+    yield "TLS name", flow.tls_name
+    yield "JA4", flow.ja4
+    yield "certificate", flow.certificate
+    yield "intercepted", "yes" if flow.intercepted else ""
+    yield from _process(flow.origin.process)
+
+
+def _exec_details(event: ExecStarted) -> _Details:
+    yield "command", _command(event.argv)
+    yield "directory", event.directory
+    yield "user", str(event.user)
+
+
+def _ending(event: ExecEnded) -> str:
+    if event.error:
+        return f"could not be started: {event.error}"
+    try:
+        code = os.waitstatus_to_exitcode(event.status)
+    except (ValueError, OverflowError):
+        return f"ended with wait status {event.status}"
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was ended by signal {-code}"
+
+
+def _usage(event: ExecEnded) -> _Details:
+    yield "processor", f"{event.user_microseconds} us user, {event.system_microseconds} us system"
+    yield "memory", f"{event.max_rss} bytes at most"
+    yield "refusals", str(event.denials) if event.denials else ""
