@@ -347,6 +347,57 @@ def test_a_witness_cosigns_what_continues(cli: CommandLine, place: Path, tmp_pat
         assert process.wait(30) == 0
 
 
+# ---- looking back ----
+
+
+@pytest.fixture
+def session(cli: CommandLine, place: Path) -> str:
+    """A session that is over: a program was run, a call refused."""
+    script = "printf 'a\\033[2J' >/dev/null; mount -t tmpfs '\033[2Jx' /mnt 2>/dev/null; exit 0"
+    assert cli.run("--log", str(place), "--", "sh", "-c", script).returncode == 0
+    return records(place)[0].context.session
+
+
+def test_sessions_are_listed_shown_and_replayed(cli: CommandLine, place: Path, session: str, tmp_path: Path) -> None:
+    words = ("--log", str(place))
+    (row,) = json.loads(command(cli, "sessions", *words, "--json").stdout)
+    assert (row["session"], row["refused"], row["records"]) == (session, 1, len(records(place)))
+    for shown in (
+        command(cli, "sessions", *words).stdout,
+        command(cli, "show", *words, "--session", session[:4], "--details").stdout,
+        cli("replay", session[:4], *words).stdout,
+        cli("replay", *words, "--details").stdout,
+        command(cli, "review", *words).stdout,
+    ):
+        assert b"kernel.mount" in shown or session.encode() in shown
+        assert is_plain(shown)
+    lines = command(cli, "show", *words, "--json").stdout.splitlines()
+    assert [json.loads(line)["number"] for line in lines] == list(range(len(records(place))))
+    page = tmp_path / "page.html"
+    assert cli("replay", *words, "--html", str(page)).returncode == 0
+    assert b"Content-Security-Policy" in page.read_bytes()
+    assert not page.stat().st_mode & 0o077
+    assert cli("replay", "no such", *words).returncode == 125
+    assert command(cli, "review", *words, "--since", "yesterday").returncode == 125
+
+
+def is_plain(output: bytes) -> bool:
+    """Whether nothing in it could move a cursor, and it is no traceback."""
+    return all(byte >= 32 or byte == 10 for byte in output) and b"Traceback" not in output
+
+
+def test_what_another_policy_would_have_decided(cli: CommandLine, place: Path, session: str, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("agent: {name: other}\n")
+    done = cli("replay", "--log", str(place), "--policy", str(policy))
+    assert (done.returncode, b"0 harder, 0 milder" in done.stdout) == (0, True)
+    policy.write_text("process:\n  deny: [{path: '**/mount'}]\n")
+    done = cli("replay", session, "--log", str(place), "--policy", str(policy), "--json")
+    assert done.returncode == 1
+    (row,) = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (row["was"]["verdict"], row["would_be"]["verdict"]) == ("allow", "deny")
+
+
 @pytest.mark.parametrize("words", [("verify",), ("keys",), ("prove", "0"), ("checkpoint",), ("rotate",)])
 def test_where_there_is_no_log_that_is_said(cli: CommandLine, tmp_path: Path, words: tuple[str, ...]) -> None:
     done = command(cli, *words, "--log", str(tmp_path / "nothing"))

@@ -13,7 +13,7 @@ import typer
 
 from corral.cli.foreground import printable
 from corral.cli.guard import Json, guarded
-from corral.cli.log_app import log_commands
+from corral.cli.log_app import log_commands, replay_command
 from corral.cli.options import RUN_OPTIONS, Arguments
 from corral.errors import CorralError, RequestError
 
@@ -26,6 +26,8 @@ Examples:
   corral diff                                what the last run changed
   corral policy explain exec /usr/bin/ssh    what a policy says of it, by which rule, and why
   corral pending; corral approve ID          what is held until you answer; your answer
+  corral run --log records -- ./agent        keep what happens where nobody changes it
+  corral replay --log records                what happened, as it happened
   corral ps; corral exec ID -- ps aux        look into a sandbox that runs elsewhere
   corral doctor                              what this machine offers and what is missing
 """
@@ -295,6 +297,7 @@ policy_commands = typer.Typer(
 )
 app.add_typer(policy_commands, name="policy")
 app.add_typer(log_commands, name="log")
+app.command("replay")(replay_command)
 
 
 @policy_commands.command("check")

@@ -167,3 +167,105 @@ def _witness(
     from corral.cli.log import witness
 
     witness(state, key, known, listen)
+
+
+@log_commands.command("sessions")
+@guarded
+def _sessions(log: _Log = None, as_json: Json = False) -> None:
+    """List the sessions of a log."""
+    from corral.cli.look_back import sessions
+
+    sessions(log, as_json=as_json)
+
+
+@log_commands.command("show")
+@guarded
+def _show(
+    log: _Log = None,
+    session: Annotated[str | None, typer.Option("--session", metavar="ID", help="Of this session only.")] = None,
+    start: Annotated[int, typer.Option("--from", min=0, metavar="NUMBER", help="From this record on.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on, and print what comes.")] = False,
+    details: Annotated[bool, typer.Option("--details", help="All that a record says.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print records as they stand in the log. With --json, one object a line: the number, and the record (OCSF)."""
+    from corral.cli.look_back import show
+
+    show(log, session=session, start=start, follow=follow, details=details, as_json=as_json)
+
+
+@log_commands.command("query")
+@guarded
+def _query(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[WORDS]", help="Such as verdict=deny action='net.*' since=2h limit=20."),
+    ] = None,
+    log: _Log = None,
+    export: Annotated[
+        str | None, typer.Option("--export", metavar="FORM", help="jsonl, ocsf, cef, syslog or otlp, to stdout.")
+    ] = None,
+    details: Annotated[bool, typer.Option("--details", help="All that a record says.")] = False,
+    index: Annotated[
+        str | None, typer.Option("--index", metavar="URL", help="Database of the index [default: LOG.index, SQLite].")
+    ] = None,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the index anew, from the log alone.")] = False,
+) -> None:
+    """Look for records: by session, agent, verdict, action, rule, exe, path, destination, step, exec, pid, time.
+
+    Words of one name are alternatives, different names must all hold; `*` and `?` are wildcards. Keeps an index beside
+    the log, made from the log."""
+    from corral.cli.look_back import query
+
+    query(log, words or (), index=index, rebuild=rebuild, form=export, details=details)
+
+
+@log_commands.command("review")
+@guarded
+def _review(
+    log: _Log = None,
+    since: Annotated[str, typer.Option("--since", metavar="TIME", help="Such as 7d, 12h, 2026-01-31.")] = "7d",
+    until: Annotated[str | None, typer.Option("--until", metavar="TIME", help="[default: now]")] = None,
+    html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="Write a page instead.")] = None,
+) -> None:
+    """Make a digest of a period: what is new, was refused, nearly happened; which sessions are unlike the others."""
+    from corral.cli.look_back import review
+
+    review(log, since=since, until=until, html=html)
+
+
+@guarded
+def replay_command(
+    session: Annotated[
+        str | None, typer.Argument(metavar="[SESSION]", help="Its id, or the beginning of it [default: the last one].")
+    ] = None,
+    log: _Log = None,
+    speed: Annotated[float, typer.Option("--speed", help="Times as fast as it happened.")] = 1.0,
+    step: Annotated[bool, typer.Option("--step", help="Begin paused; n shows the next.")] = False,
+    place: Annotated[str, typer.Option("--from", metavar="PLACE", help="Such as 90s, 1:05, #12, step 3.")] = "",
+    details: Annotated[bool, typer.Option("--details", help="All that a record says.")] = False,
+    html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="Write one page that plays it.")] = None,
+    policy: Annotated[
+        str | None, typer.Option("--policy", metavar="FILE", help="Say what this policy would have decided instead.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Play a recorded session: what was tried and decided, in its time.
+
+    On a terminal: space pauses, n goes on by one, / searches, left and right move, + and - change the speed, q ends.
+    With --policy the exit code is 1 where anything would have been decided otherwise."""
+    from corral.cli.look_back import replay
+
+    sys.exit(
+        replay(
+            session,
+            log,
+            speed=speed,
+            step=step,
+            place=place,
+            details=details,
+            html=html,
+            policy=policy,
+            as_json=as_json,
+        )
+    )

@@ -205,7 +205,7 @@ def decode(entry: bytes) -> Record:
     values = _loaded(entry)
     try:
         return _decoded(values)
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, OverflowError):
         raise ValueError("it is no record: a field is missing, or of another type") from None
 
 
@@ -245,7 +245,7 @@ def summary(entry: bytes) -> Summary:
     values = _loaded(entry)
     try:
         return _summary(values)
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, OverflowError):
         raise ValueError("it is no record: a field is missing, or of another type") from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from corral.log.events import ExecEnded, ExecStarted, SessionEnded, SessionStarted
@@ -50,7 +49,7 @@ class Recorder:
         self.session = SessionLog(log, context, unawaited=frozenset(policy.log.asynchronous))
         """The sink for the monitor."""
         form = canonical_form(policy).decode()
-        self.session.record(SessionStarted(os.fspath(options.workspace), options.label, form))
+        self.session.record(SessionStarted(prepared.directory, options.label, form))
 
     def exec_started(self, number: int, argv: Sequence[str], directory: str, user: int) -> None:
         self.session.record(ExecStarted(number, tuple(argv), directory, user))

@@ -1,0 +1,315 @@
+"""`corral replay`, `corral log sessions`, `show`, `query` and `review`: prints what :mod:`corral.log` says."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TextIO
+
+from corral.cli.foreground import printable
+from corral.cli.log import directory_of
+from corral.errors import RequestError
+from corral.log.query import parse_filter, parse_time
+from corral.log.reader import Reader
+from corral.log.records import Record, Summary, decode, summary
+from corral.log.tiles import WIDTH
+
+_POLL = 0.5
+MAX_SESSIONS = 100_000
+
+
+# ---- sessions ----
+
+
+def _summaries(reader: Reader) -> Iterator[tuple[int, Summary]]:
+    for number, entry in reader.entries():
+        try:
+            yield number, summary(entry)
+        except (ValueError, RecursionError):
+            continue  # which `corral log verify` tells of
+
+
+@dataclass(slots=True)
+class SessionRow:
+    """One session of a log."""
+
+    session: str
+    agent: str
+    started: float
+    """Seconds since the epoch, as `ended`."""
+    first: int
+    """The number of its first record."""
+    ended: float | None = None
+    records: int = 0
+    refused: int = 0
+
+
+def sessions(log: str | None, *, as_json: bool) -> None:
+    """Lists the sessions of a log, oldest first."""
+    rows: dict[str, SessionRow] = {}
+    for number, found in _summaries(Reader(directory_of(log))):
+        if not found.session or (found.session not in rows and len(rows) >= MAX_SESSIONS):
+            continue
+        agent = f"{found.agent} {found.agent_version}"
+        row = rows.setdefault(found.session, SessionRow(found.session, agent, found.at / 1e6, number))
+        row.records += 1
+        if found.verdict in ("deny", "kill"):
+            row.refused += found.count
+        if found.event == "session.ended":
+            row.ended = found.at / 1e6
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows.values()]))
+        return
+    for row in rows.values():
+        state = "ended " if row.ended is not None else "no end"
+        words = f"{row.session}  {_moment(row.started)}  {state}  {row.agent}  {row.records} records"
+        print(printable(f"{words}, {row.refused} refused" if row.refused else words))
+
+
+def _session(reader: Reader, wanted: str | None) -> str:
+    """The one session that begins so; the last one where none is named. Raises RequestError."""
+    names: dict[str, None] = {}
+    for _, found in _summaries(reader):
+        if found.session:
+            names[found.session] = None
+    if wanted is None:
+        if not names:
+            raise RequestError("the log has no session")
+        return list(names)[-1]
+    matching = [name for name in names if name == wanted] or [name for name in names if name.startswith(wanted)]
+    if len(matching) != 1:
+        what = "several sessions begin" if matching else "no session begins"
+        raise RequestError(f"{what} with {printable(wanted)}; `corral log sessions` lists them")
+    return matching[0]
+
+
+# ---- replay ----
+
+
+def replay(
+    session: str | None,
+    log: str | None,
+    *,
+    speed: float,
+    step: bool,
+    place: str,
+    details: bool,
+    html: str | None,
+    policy: str | None,
+    as_json: bool,
+) -> int:
+    """Plays a session, writes it as a page, or says what another policy would have decided. Returns the exit code."""
+    from corral.log.timeline import Timeline
+
+    reader = Reader(directory_of(log))
+    name = _session(reader, session)
+    if policy is not None:
+        return _what_if(reader, name, policy, as_json=as_json)
+    line = Timeline(reader, name)
+    if as_json:
+        for item in line:
+            print(json.dumps(asdict(item), default=_word))
+        return 0
+    if html is not None:
+        from corral.log.html import write_html
+
+        first = line.first_record().context
+        about = [("session", name), ("agent", f"{first.agent} {first.agent_version}"), ("policy", first.policy_hash)]
+        with _new_file(html) as file:
+            count = write_html(file, line, f"Session {name}", about=about)
+        print(printable(f"{html}: {count} records"))
+        return 0
+    from corral.log.replay import replay as play
+
+    return play(line, sys.stdin, sys.stdout, speed=speed, step=step, place=place, details=details)
+
+
+def _word(value: object) -> object:
+    return getattr(value, "value", None) if hasattr(value, "value") else str(value)
+
+
+def _what_if(reader: Reader, session: str, path: str, *, as_json: bool) -> int:
+    from corral.actions import Action, Opinion
+    from corral.cli.policy import judge
+    from corral.log.timeline import session_records
+    from corral.log.whatif import Counts, compare
+    from corral.policy.load import load_policy
+    from corral.policy.part import PolicyPart
+
+    def judged(part: PolicyPart, action: Action) -> Opinion:
+        return judge(part, action).opinion
+
+    counts = Counts()
+    for difference in compare(session_records(reader, session), load_policy(path), counts, judge=judged):
+        if as_json:
+            would = difference.would_be
+            row = {
+                "number": difference.number,
+                "action": str(difference.action),
+                "was": {"verdict": difference.was.verdict.name.lower(), "rule": difference.was.rule},
+                "would_be": {"verdict": would.verdict.name.lower(), "rule": would.rule} if would else None,
+                "why": difference.why or None,
+                "count": difference.count,
+            }
+            print(json.dumps(row))
+        else:
+            print(difference)
+    if not as_json:
+        print(
+            f"{counts.judged} actions judged: {counts.same} the same, {counts.harder} harder, {counts.milder} milder;"
+            f" {counts.cannot} cannot be judged"
+        )
+    return 1 if counts.harder or counts.milder or counts.cannot else 0
+
+
+# ---- show ----
+
+
+def show(log: str | None, *, session: str | None, start: int, follow: bool, details: bool, as_json: bool) -> None:
+    """Prints records as they stand in the log; with ``follow`` goes on as they come."""
+    reader = Reader(directory_of(log))
+    name = None if session is None else _session(reader, session)
+    at = start
+    while True:
+        for number, entry in reader.entries(at):
+            at = number + 1
+            if name is None or _is_of(entry, name):
+                _print_record(number, entry, details=details, as_json=as_json)
+        if not follow:
+            return
+        sys.stdout.flush()
+        time.sleep(_POLL)
+
+
+def _is_of(entry: bytes, session: str) -> bool:
+    try:
+        return summary(entry).session == session
+    except (ValueError, RecursionError):
+        return False
+
+
+def _print_record(number: int, entry: bytes, *, details: bool, as_json: bool) -> None:
+    from corral.log.narration import item_of
+
+    if as_json:
+        # ASCII: a record may hold characters that turn the direction of a terminal's text.
+        print(json.dumps({"number": number, "record": json.loads(entry)}))
+        return
+    try:
+        record = decode(entry)
+    except (ValueError, RecursionError) as error:
+        print(printable(f"#{number} is no record: {error}"))
+        return
+    item = item_of(number, record, 0.0)
+    verdict = item.verdict.name.lower() if item.verdict is not None else ""
+    head = f"{_moment(record.at / 1e6)} #{number:<7} {record.context.session:<10} {verdict:<6}"
+    print(printable(f"{head} {item.line}"))
+    for detail in item.details if details else ():
+        for line in detail.text.split("\n"):
+            print(printable(f"    {detail.name}: {line}"))
+
+
+# ---- query and export ----
+
+
+def query(
+    log: str | None, words: Sequence[str], *, index: str | None, rebuild: bool, form: str | None, details: bool
+) -> None:
+    """Prints the records that are looked for, or writes them in another form."""
+    from corral.log.index import LogIndex
+
+    directory = directory_of(log)
+    reader = Reader(directory)
+    wanted = parse_filter(words)
+    with LogIndex(index or _index_path(directory)) as made:
+        if rebuild:
+            made.rebuild(reader)
+        else:
+            made.update(reader)
+        entries = _entries(reader, made.find(wanted))
+        if form is not None:
+            export(entries, form)
+            return
+        for number, entry in entries:
+            _print_record(number, entry, details=details, as_json=False)
+
+
+def _index_path(directory: Path) -> Path:
+    """Beside the log: who is given that needs no index of ours."""
+    place = Path(os.path.abspath(directory))
+    return place.with_name(f"{place.name}.index")
+
+
+def _entries(reader: Reader, numbers: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+    """The entries of these numbers, each tile read once where they are in order."""
+    tile, found = -1, {}
+    for number in numbers:
+        if number // WIDTH != tile:
+            tile = number // WIDTH
+            found = dict(reader.entries(tile * WIDTH, (tile + 1) * WIDTH))
+        if number in found:
+            yield number, found[number]
+
+
+def export(entries: Iterable[tuple[int, bytes]], form: str) -> None:
+    """Writes records to stdout in one of the forms of :mod:`corral.log.export`. Raises RequestError."""
+    from corral.log.export import FORMS
+
+    writer = FORMS.get(form)
+    if writer is None:
+        raise RequestError(f"{printable(form)} is no form; known: {', '.join(FORMS)}")
+    for line in writer(entries):
+        sys.stdout.write(f"{line}\n")
+
+
+# ---- review ----
+
+
+def review(log: str | None, *, since: str, until: str | None, html: str | None) -> None:
+    """Prints a digest of a period, or writes it as a page."""
+    from corral.log.report import report_html, report_text
+    from corral.log.review import review as digest_of
+
+    now = time.time()
+    begin, end = parse_time(since, now), parse_time(until, now) if until else now
+    digest = digest_of(_records(Reader(directory_of(log))), begin, end)
+    if html is None:
+        for line in report_text(digest):
+            print(line)
+        return
+    with _new_file(html) as file:
+        for piece in report_html(digest):
+            file.write(piece)
+    print(printable(html))
+
+
+def _records(reader: Reader) -> Iterator[tuple[int, Record]]:
+    for number, entry in reader.entries():
+        try:
+            yield number, decode(entry)
+        except (ValueError, RecursionError):
+            continue
+
+
+def _moment(seconds: float) -> str:
+    try:
+        return datetime.fromtimestamp(seconds).isoformat(" ", "seconds")
+    except (ValueError, OverflowError, OSError):
+        return "at no time"
+
+
+@contextmanager
+def _new_file(path: str) -> Iterator[TextIO]:
+    opener: Callable[[str, int], int] = lambda name, flags: os.open(name, flags | os.O_CLOEXEC, 0o600)  # noqa: E731
+    try:
+        with open(Path(path), "w", encoding="utf-8", opener=opener) as file:
+            yield file
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}") from None

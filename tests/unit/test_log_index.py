@@ -1,0 +1,264 @@
+"""An index says what the log says, can be made again from it alone, and finds what a reader of everything would."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from corral.actions import Access, Action, Decision, Endpoint, File, Kind, Origin, Process, Program, Transport, Verdict
+from corral.errors import RequestError
+from corral.log import index as index_module
+from corral.log.events import SessionEnded
+from corral.log.export import FORMS
+from corral.log.index import IndexFault, LogIndex
+from corral.log.note import KeyFile, KeyType
+from corral.log.query import Filter, parse_filter
+from corral.log.reader import Reader
+from corral.log.records import Context, encode, summary
+from corral.log.writer import Log
+
+KEY = KeyFile("log.example/one", KeyType.ED25519, b"k" * 32)
+OTHER = KeyFile("log.example/other", KeyType.ED25519, b"o" * 32)
+CONTEXT = Context("coder", "1", "policy", "sha256:00", "session-1", "box-1", "0.1.0")
+HOSTILE = ("\x1b[2J", "a\nb", "\u202egpj", "\u2028", "|=\\", '"]', "x' OR '1'='1", "%_[*]?", "\0", "\x9b31m", "é" * 3)
+
+
+def decision(number: int, text: str = "") -> Decision:
+    process = Process(100 + number % 3, 1, 1, f"/usr/bin/prog{number % 4}{text}")
+    origin = Origin("box-1", f"session-{number % 5}", number % 7, number % 2, process)
+    kind, subject = (
+        (Kind.PROCESS_EXEC, Program(f"/bin/p{number % 3}{text}", ("p", text))),
+        (Kind.NET_CONNECT, Endpoint(Transport.TCP, "192.0.2.1", 443, f"h{number % 2}.test")),
+        (Kind.FILE_OPEN, File(f"/work/f{number % 6}{text}", Access.READ)),
+    )[number % 3]
+    verdict = (Verdict.ALLOW, Verdict.DENY, Verdict.ALLOW, Verdict.KILL)[number % 4]
+    rule = f"{kind.value}.rule{text}"
+    return Decision(Action(kind, subject, origin), verdict, rule, text, "", "policy", number, 1000.0 + number)
+
+
+def entry(number: int, text: str = "") -> bytes:
+    event = decision(number, text)
+    context = replace(CONTEXT, session=event.action.origin.session)
+    return encode(event, context, sequence=number + 1, at=event.at, monotonic_ns=number)
+
+
+ENTRIES = [
+    *(entry(number) for number in range(60)),
+    *(entry(60 + at, text) for at, text in enumerate(HOSTILE)),
+    encode(SessionEnded("closed"), CONTEXT, sequence=99, at=2000.0, monotonic_ns=1),
+]
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
+    place = tmp_path_factory.mktemp("log") / "log"
+    with Log(place, KEY) as log:
+        for each in ENTRIES:
+            log.submit(each)
+    return Reader(place)
+
+
+@pytest.fixture(scope="module")
+def made(reader: Reader, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LogIndex]:
+    with LogIndex(tmp_path_factory.mktemp("index") / "index") as index:
+        assert index.update(reader) == len(ENTRIES)
+        yield index
+
+
+def test_it_says_what_the_log_says(made: LogIndex) -> None:
+    expected = [summary(each) for each in ENTRIES]
+    found = list(made.rows())
+    assert [number for number, _ in found] == list(range(len(ENTRIES)))
+    for (_, own), whole in zip(found, expected, strict=True):
+        assert own == replace(
+            whole,
+            exe=whole.exe.replace("\0", "\ufffd"),
+            path=whole.path.replace("\0", "\ufffd"),
+            rule=whole.rule.replace("\0", "\ufffd"),
+        )
+
+
+def test_thrown_away_and_made_again_it_is_the_same(made: LogIndex, reader: Reader, tmp_path: Path) -> None:
+    before = list(made.rows())
+    with LogIndex(tmp_path / "another") as another:
+        another.update(reader)
+        assert list(another.rows()) == before
+    assert made.rebuild(reader) == len(ENTRIES)
+    assert list(made.rows()) == before
+    assert made.update(reader) == 0
+
+
+def test_it_takes_up_what_came_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "_BATCH", 7)
+    with LogIndex(tmp_path / "index") as index:
+        for size in (3, 20, 20, 60):
+            with Log(tmp_path / "log", KEY) as log:
+                at = log.seal().size
+                for each in ENTRIES[at:size]:
+                    log.submit(each)
+            index.update(Reader(tmp_path / "log"))
+            assert [number for number, _ in index.rows()] == list(range(size))
+
+
+def test_interrupted_it_goes_on_after_the_last_batch(
+    reader: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "_BATCH", 7)
+    with LogIndex(tmp_path / "index") as index:
+        real = summary
+        count = 0
+
+        def failing(each: bytes) -> object:
+            nonlocal count
+            count += 1
+            if count == 17:
+                raise KeyboardInterrupt
+            return real(each)
+
+        monkeypatch.setattr("corral.log.index.summary", failing)
+        with pytest.raises(KeyboardInterrupt):
+            index.update(reader)
+        assert len(list(index.rows())) == 14
+        monkeypatch.setattr("corral.log.index.summary", real)
+        assert index.update(reader) == len(ENTRIES) - 14
+
+
+def test_the_index_of_another_log_or_of_a_longer_one_is_refused(reader: Reader, tmp_path: Path) -> None:
+    with LogIndex(tmp_path / "index") as index:
+        index.update(reader)
+        with Log(tmp_path / "other", OTHER) as log:
+            log.append(ENTRIES[0])
+        with pytest.raises(IndexFault, match="another log"):
+            index.update(Reader(tmp_path / "other"))
+        with Log(tmp_path / "same", KEY) as log:
+            log.append(ENTRIES[0])
+        with pytest.raises(IndexFault, match="cut off, or replaced"):
+            index.update(Reader(tmp_path / "same"))
+        assert index.rebuild(Reader(tmp_path / "same")) == 1
+
+
+def test_what_is_no_database_is_an_error_without_passwords(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no database" * 100)
+    for where in (
+        tmp_path / "file",
+        tmp_path / "no" / "directory",
+        "nothing://me:secret@host/x",
+        "postgresql://me:secret@h/x",
+    ):
+        with pytest.raises(IndexFault) as error:
+            LogIndex(where)
+        assert "secret" not in str(error.value)
+
+
+def test_an_entry_that_is_no_record_is_named(tmp_path: Path) -> None:
+    with Log(tmp_path / "log", KEY) as log:
+        log.append(b"hello")
+    with LogIndex(tmp_path / "index") as index, pytest.raises(IndexFault, match="entry 0"):
+        index.update(Reader(tmp_path / "log"))
+
+
+# ---- looking for something ----
+
+KNOWN = (
+    "deny",
+    "allow",
+    "session-1",
+    "coder",
+    "net.*",
+    "*",
+    "?*",
+    "/usr/bin/prog1",
+    "/work/f?",
+    "h1.test:443",
+    "*rule",
+)
+VALUES = st.sampled_from(["", *KNOWN, *HOSTILE, *(f"*{text}*" for text in HOSTILE)]).filter(
+    lambda text: "\0" not in text
+)
+MOMENTS = st.builds("1970-01-01T00:{:02d}:{:02d}+00:00".format, st.integers(15, 20), st.integers(0, 59))
+WORDS = st.lists(
+    st.builds("{}={}".format, st.sampled_from(sorted(Filter.TEXTS)), VALUES)
+    | st.builds("{}={}".format, st.sampled_from(sorted(Filter.NUMBERS)), st.integers(0, 120))
+    | st.builds("{}={}".format, st.sampled_from(["first", "last", "limit"]), st.integers(0, 80))
+    | st.builds("{}={}".format, st.sampled_from(["since", "until"]), MOMENTS),
+    max_size=4,
+)
+
+
+@settings(max_examples=300)
+@given(WORDS)
+def test_it_finds_what_a_reader_of_everything_would(made: LogIndex, words: list[str]) -> None:
+    wanted = parse_filter(words)
+    expected = [number for number, found in made.rows() if wanted.matches(number, found)]
+    assert list(made.find(wanted)) == expected[: wanted.limit]
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["", "verdict", "nothing=x", "step=x", "step=-1", "limit=", "since=yesterday", "x" * 5000, "pid=" + "9" * 40],
+)
+def test_words_that_say_nothing_known_are_refused(word: str) -> None:
+    with pytest.raises(RequestError):
+        parse_filter([word])
+
+
+def test_too_many_words_are_refused() -> None:
+    with pytest.raises(RequestError, match="more than"):
+        parse_filter(["step=1"] * 1000)
+
+
+def test_times_before_now() -> None:
+    wanted = parse_filter(["since=2h", "until=30m"], now=10_000.0)
+    assert (wanted.since, wanted.until) == (2_800_000_000, 8_200_000_000)
+
+
+# ---- other forms ----
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_record_is_one_line_that_draws_nothing(reader: Reader, form: str) -> None:
+    lines = list(FORMS[form](reader.entries()))
+    assert len(lines) == len(ENTRIES)
+    for line in lines:
+        assert line.isprintable()
+
+
+@settings(max_examples=100)
+@given(st.text(st.characters(codec=None, exclude_categories=()), max_size=50))
+def test_hostile_texts_draw_nothing_in_any_form(text: str) -> None:
+    for form in FORMS.values():
+        (line,) = form([(1, entry(1, text))])
+        assert line.isprintable()
+
+
+def test_json_forms_are_the_records(reader: Reader) -> None:
+    records = [json.loads(each) for each in ENTRIES]
+    assert [json.loads(line) for line in FORMS["ocsf"](reader.entries())] == records
+    numbered = [json.loads(line) for line in FORMS["jsonl"](reader.entries())]
+    assert [row["record"] for row in numbered] == records
+    assert [row["number"] for row in numbered] == list(range(len(records)))
+    for line, record in zip(FORMS["otlp"](reader.entries()), records, strict=True):
+        (resource,) = json.loads(line)["resourceLogs"]
+        (log_record,) = resource["scopeLogs"][0]["logRecords"]
+        assert json.loads(log_record["body"]["stringValue"]) == record
+
+
+def test_common_event_format() -> None:
+    (line,) = FORMS["cef"]([(7, entry(61, "a|b=c\\d\ne"))])
+    head = line.split("|")
+    assert head[:4] == ["CEF:0", "Corral", "Corral", "0.1.0"]
+    assert (head[4], head[5], head[6]) == ("net.connect", "net.connect deny", "6")
+    assert " externalId=7 " in line
+    assert r"reason=net.connect.rulea|b\=c\\d\\ne " in line
+
+
+def test_syslog() -> None:
+    (line,) = FORMS["syslog"]([(7, entry(61, 'a"b]c\\'))])
+    assert line.startswith('<108>1 1970-01-01T00:17:41.000000Z - corral 101 net.connect [corral@32473 number="7" ')
+    assert r'rule="net.connect.rulea\"b\]c\\"' in line
