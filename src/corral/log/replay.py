@@ -100,9 +100,9 @@ def replay(
         if not (source.isatty() and target.isatty()):
             print_items((items[at] for at in range(player.position, len(items))), target, details=details)
             return 0
-        with _keys_of(source.fileno()):
+        with _keys_of(source.fileno()) as keyboard:
             try:
-                _play(player, source.fileno(), target, details)
+                _play(player, keyboard, target, details)
             finally:
                 target.write(_CLEAR)
                 target.flush()
@@ -111,9 +111,8 @@ def replay(
     return 0
 
 
-def _play(player: Player, keyboard: int, target: TextIO, details: bool) -> None:
+def _play(player: Player, keys: Keyboard, target: TextIO, details: bool) -> None:
     console = _console(target)
-    keys = Keyboard(keyboard)
     since, follows = time.monotonic(), player.position
     while not player.ended:
         wait = player.wait()
@@ -141,18 +140,24 @@ def _show_status(player: Player, target: TextIO) -> None:
 
 
 @contextmanager
-def _keys_of(fd: int) -> Iterator[None]:
+def _keys_of(fd: int) -> Iterator[Keyboard]:
     """Has the terminal give each key at once and echo none, and undoes that. Ctrl-C still interrupts. SIGTERM and
     SIGHUP end by an exception meanwhile, so that it is undone then too."""
     before = termios.tcgetattr(fd)
+    woken, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    # A signal may come just before a wait begins, which it then does not interrupt: signal.set_wakeup_fd() is for that.
+    wakeup = signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
     handlers = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         tty.setcbreak(fd)
-        yield
+        yield Keyboard(fd, woken)
     finally:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
+        os.close(woken)
+        os.close(waker)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -162,8 +167,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 class Keyboard:
     """The keys that are pressed on a terminal in cbreak mode."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, fd: int, woken: int) -> None:
+        """``woken`` becomes readable when a signal has come."""
+        self._fd, self._woken = fd, woken
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def read(self, timeout: float | None) -> list[Key | str]:
@@ -179,7 +185,10 @@ class Keyboard:
         return list(parse_keys(self._decoder.decode(data)))
 
     def _ready(self, timeout: float | None) -> bool:
-        return bool(select.select([self._fd], [], [], timeout)[0])
+        found = select.select([self._fd, self._woken], [], [], timeout)[0]
+        if self._woken in found:
+            os.read(self._woken, 1024)
+        return self._fd in found
 
 
 def parse_keys(text: str) -> Iterator[Key | str]:
