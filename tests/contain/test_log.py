@@ -138,6 +138,27 @@ def test_the_log_and_its_key_are_absent_inside(cli: CommandLine, workspace: Path
     verified(place)
 
 
+def test_secrets_are_in_no_record(cli: CommandLine, place: Path, tmp_path: Path) -> None:
+    """I8: neither a credential of the gateway, nor a variable that the policy sets or passes."""
+    canaries = {name: f"canary-{name}-{os.urandom(8).hex()}" for name in ("credential", "set", "passed", "file")}
+    (tmp_path / "secret").write_text(canaries["file"])
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(
+        "network:\n  allow:\n"
+        "    - {name: a.test, port: 443, credential: {type: bearer, from: 'env:CREDENTIAL'}}\n"
+        f"    - {{name: b.test, port: 443, credential: {{type: bearer, from: 'file:{tmp_path}/secret'}}}}\n"
+        f"environment: {{allow: [PASSED], set: {{GIVEN: {canaries['set']}}}}}\n"
+    )
+    env = {"CREDENTIAL": canaries["credential"], "PASSED": canaries["passed"]}
+    script = 'test -n "$PASSED$GIVEN" && env >/dev/null && mount -t tmpfs x /mnt 2>/dev/null; exit 0'
+    done = cli.run("--log", str(place), "--policy", str(policy), "--", "sh", "-c", script, env=env)
+    assert done.returncode == 0, done.stderr
+    assert any(event.verdict is Verdict.DENY for event in events(place, Decision))
+    for path in (each for each in place.parent.rglob("*") if each.is_file()):
+        content = path.read_bytes()
+        assert not [name for name, canary in canaries.items() if canary.encode() in content], path
+
+
 def test_a_log_that_is_not_one_is_a_clear_error(cli: CommandLine, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
@@ -373,6 +394,10 @@ def test_sessions_are_listed_shown_and_replayed(cli: CommandLine, place: Path, s
         assert is_plain(shown)
     lines = command(cli, "show", *words, "--json").stdout.splitlines()
     assert [json.loads(line)["number"] for line in lines] == list(range(len(records(place))))
+    found = command(cli, "query", "verdict=deny", "action=kernel.*", *words, "--export", "jsonl").stdout.splitlines()
+    assert [json.loads(line)["record"]["kernel"]["name"] for line in found] == ["mount"]
+    assert is_plain(command(cli, "query", "exe=*", *words, "--details").stdout)
+    assert command(cli, "query", "colour=red", *words).returncode == 125
     page = tmp_path / "page.html"
     assert cli("replay", *words, "--html", str(page)).returncode == 0
     assert b"Content-Security-Policy" in page.read_bytes()
