@@ -19,6 +19,7 @@ from _gateway_world import (
     TLS_CLIENT,
     TLS_SERVER,
     compile_flows,
+    compile_relay,
     hello,
     make_certificates,
     naming,
@@ -31,6 +32,8 @@ from corral import Sandbox
 from corral.policy.model import Policy
 
 DIRECT = "direct"
+RELAY = "relay in C"
+"""relay.c, which does nothing but carry."""
 LOOPBACK = "127.0.0.1"
 PYTHON = "/usr/bin/python3"
 TWICE, AND_MORE = 2.0, 0.3
@@ -77,13 +80,13 @@ def _skipped(figures: Sequence[str], error: Exception) -> list[Row]:
 async def connect_figure(workspace: Path, rounds: int) -> list[Row]:
     """From connect(2) to the first byte, for SSH and for TLS, and the same for queries."""
     try:
-        flows = str(compile_flows(workspace))
+        flows, relay = str(compile_flows(workspace)), str(compile_relay(workspace))
     except FileNotFoundError as error:
         return _skipped(("connect", "DNS"), error)
     said = workspace / "hello"
     said.write_bytes(hello())
     count = "50"
-    with naming() as resolver, running(flows, "echo") as port:
+    with naming() as resolver, running(flows, "echo") as port, running(relay, str(port)) as relayed:
         async with Sandbox(workspace, policy=policy(resolver, port)) as box:
             words = {"SSH": (str(port), count), "TLS": (str(port), count, str(said))}
             samples: dict[str, list[float]] = {}
@@ -109,6 +112,8 @@ async def connect_figure(workspace: Path, rounds: int) -> list[Row]:
             for kind, arguments in words.items():
                 contenders[kind] = within(kind, "connect", NAME, *arguments)
                 contenders[f"{kind} {DIRECT}"] = without(f"{kind} {DIRECT}", "connect", LOOPBACK, *arguments)
+                through = without(f"{kind} {RELAY}", "connect", LOOPBACK, str(relayed), *arguments[1:])
+                contenders[f"{kind} {RELAY}"] = through
             for kind in ("fresh", "kept"):
                 contenders[kind] = within(kind, "query", NAME, count, kind)
             await in_turns(contenders, rounds, warm_up=0)
@@ -118,6 +123,7 @@ async def connect_figure(workspace: Path, rounds: int) -> list[Row]:
         bar = TWICE + AND_MORE / (statistics.median(theirs) * 1e3)
         note = f"the bar is {TWICE:g} x {DIRECT} + {AND_MORE:g} ms = {bar * statistics.median(theirs) * 1e3:.2f} ms"
         rows.append(compare(f"connect + first byte, {kind}", samples[kind], DIRECT, theirs, bar=bar, note=note))
+        rows.append(compare(f"connect + first byte, {kind}", samples[kind], RELAY, samples[f"{kind} {RELAY}"]))
     for kind, title in (("fresh", "DNS: socket, connect, answer"), ("kept", "DNS: an answer")):
         own = samples[kind]
         rows.append(Row(title, "ms", statistics.median(own) * 1e3, p95(own) * 1e3, bar=QUERY))
@@ -149,7 +155,7 @@ async def start_figure(workspace: Path, rounds: int) -> list[Row]:
 async def stream_figure(workspace: Path, quick: bool) -> list[Row]:
     """A large download that is only carried."""
     try:
-        flows = str(compile_flows(workspace))
+        flows, relay = str(compile_flows(workspace)), str(compile_relay(workspace))
     except FileNotFoundError as error:
         return _skipped(("stream",), error)
     size = (128 if quick else 512) * _MEBIBYTE
@@ -166,20 +172,21 @@ async def stream_figure(workspace: Path, quick: bool) -> list[Row]:
         async def ours() -> float:
             return checked(await _inside(box, [flows, "drain", NAME, str(port)]))
 
-        def outside(*proxy: str) -> Contender:
+        def outside(to: int, *proxy: str) -> Contender:
             async def contender() -> float:
-                return checked(_outside([flows, "drain", LOOPBACK, str(port), *proxy]))
+                return checked(_outside([flows, "drain", LOOPBACK, str(to), *proxy]))
 
             return contender
 
-        contenders: dict[str, Contender] = {"corral": ours, DIRECT: outside()}
+        relayed = stack.enter_context(running(relay, str(port)))
+        contenders: dict[str, Contender] = {"corral": ours, DIRECT: outside(port), RELAY: outside(relayed)}
         starts: dict[str, Callable[[], int]] = {
             "tinyproxy": lambda: stack.enter_context(tinyproxy(workspace)),
             "mitmproxy": lambda: stack.enter_context(mitmproxy(workspace))[0],
         }
         for name, enter in starts.items():
             try:
-                contenders[name] = outside(str(enter()))
+                contenders[name] = outside(port, str(enter()))
             except (FileNotFoundError, RuntimeError) as error:
                 missing[name] = str(error)
         samples = await in_turns(contenders, 3 if quick else 9, warm_up=1)
@@ -253,15 +260,22 @@ def _seconds_of(name: str) -> float:
     return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
 
 
+def _churned(flows: str, port: int, count: int, seconds: float) -> float:
+    """New connections a second of so many programs without sandboxes."""
+    argv = [flows, "churn", LOOPBACK, str(port), str(seconds)]
+    programs = [subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) for _ in range(count)]
+    return sum(len(program.communicate()[0].splitlines()) for program in programs) / seconds
+
+
 async def crowd_figure(workspace: Path, quick: bool) -> list[Row]:
     """New connections of many sandboxes at once."""
     try:
-        flows = str(compile_flows(workspace))
+        flows, relay = str(compile_flows(workspace)), str(compile_relay(workspace))
     except FileNotFoundError as error:
         return _skipped(("crowd",), error)
     wanted, note = affordable(20 if quick else CROWD)
     seconds = 3.0 if quick else 10.0
-    with naming() as resolver, running(flows, "echo") as port:
+    with naming() as resolver, running(flows, "echo") as port, running(relay, str(port)) as relayed:
         rules = policy(resolver, port)
         boxes = [Sandbox(workspace, policy=rules) for _ in range(wanted)]
         gate = asyncio.Semaphore(AT_ONCE)
@@ -283,11 +297,14 @@ async def crowd_figure(workspace: Path, quick: bool) -> list[Row]:
             taken = sorted(second for text in texts for second in _nanoseconds(text))
         finally:
             await asyncio.gather(*(box.close() for box in boxes), return_exceptions=True)
+        ways = {DIRECT: port, RELAY: relayed}
+        outside = {name: _churned(flows, where, len(boxes), seconds) for name, where in ways.items()}
     # Programs start one after another, within less than a second, and each works as long as the others.
     rate = len(taken) / seconds
     high = taken[min(len(taken) - 1, int(len(taken) * 0.99))]
     shares = zip(threads, busy, strict=True)
     used = ", ".join(f"{name.removeprefix('corral-')} {share * 100:.0f} %" for name, share in shares)
+    others = ", ".join(f"{name} {count:.0f}" for name, count in outside.items())
     title = f"crowd: {len(boxes)} sandboxes"
     return [
         Row(
@@ -295,7 +312,7 @@ async def crowd_figure(workspace: Path, quick: bool) -> list[Row]:
             "µs",
             1e6 / rate,
             bar=EACH,
-            note=f"{rate:.0f} a second; processor of {used} {note}".strip(),
+            note=f"{rate:.0f} a second; {others}; processor of {used} {note}".strip(),
         ),
         Row(f"{title}: connect + first byte", "ms", statistics.median(taken) * 1e3, p95(taken) * 1e3),
         Row(f"{title}: connect + first byte, p99", "ms", high * 1e3),

@@ -30,11 +30,20 @@ _BLOCK = 1 << 18
 
 def compile_flows(place: Path) -> Path:
     """`flows`, which is both ends. Raises FileNotFoundError without a C compiler."""
+    return _compiled(place, "flows")
+
+
+def compile_relay(place: Path) -> Path:
+    """`relay`, which is the least that can be in between. Raises FileNotFoundError without a C compiler."""
+    return _compiled(place, "relay")
+
+
+def _compiled(place: Path, name: str) -> Path:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise FileNotFoundError("no C compiler")
-    made = place / "flows"
-    subprocess.run([compiler, "-O2", "-static", "-o", made, _HERE / "flows.c"], check=True)
+    made = place / name
+    subprocess.run([compiler, "-O2", "-static", "-o", made, _HERE / f"{name}.c"], check=True)
     return made
 
 

@@ -416,7 +416,7 @@ def test_what_another_policy_would_have_decided(cli: CommandLine, place: Path, s
     policy.write_text("agent: {name: other}\n")
     done = cli("replay", "--log", str(place), "--policy", str(policy))
     assert (done.returncode, b"0 harder, 0 milder" in done.stdout) == (0, True)
-    policy.write_text("process:\n  deny: [{path: '**/mount'}]\n")
+    policy.write_text("process:\n  deny: [{path: mount}]\n")
     done = cli("replay", session, "--log", str(place), "--policy", str(policy), "--json")
     assert done.returncode == 1
     (row,) = [json.loads(line) for line in done.stdout.splitlines()]
