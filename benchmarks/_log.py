@@ -29,8 +29,11 @@ from corral.actions import (
     Verdict,
 )
 from corral.log.gaps import Gaps
+from corral.log.index import LogIndex
 from corral.log.note import KeyFile, KeyType
 from corral.log.proof import make_proof
+from corral.log.query import parse_filter
+from corral.log.reader import Reader
 from corral.log.records import Context, encode
 from corral.log.verify import verify_log
 from corral.log.writer import Log
@@ -41,7 +44,7 @@ BATCHED, ASYNCHRONOUS, VERIFIED = 20_000, 60_000, 100_000
 """Records a second, at least."""
 SINGLE = 2.0
 """Times the disk's own sync, at most."""
-PROOF = 1.0
+PROOF, QUERY = 1.0, 100.0
 """Milliseconds, at most."""
 
 
@@ -213,6 +216,40 @@ async def verify_figure(workspace: Path, quick: bool) -> list[Row]:
         ),
         _rate("verify, with the numbers of all sessions", records, count),
         Row("proof of one record", "ms", statistics.median(proofs) * 1e3, p95(proofs) * 1e3, bar=PROOF),
+    ]
+
+
+async def query_figure(workspace: Path, quick: bool) -> list[Row]:
+    """An index of a whole log, and one session of it, found and read."""
+    count, each = (50_000, 500) if quick else (1_000_000, 1000)
+    log, _ = new_log(workspace / "log")
+    with log:
+        for number, decision in enumerate(decisions(count)):
+            context = replace(_CONTEXT, session=f"session-{number // each}")
+            log.submit(encode(decision, context, sequence=number % each + 1, at=decision.at, monotonic_ns=number))
+    reader = Reader(workspace / "log")
+    with LogIndex(workspace / "index") as index:
+        started = time.perf_counter()
+        if index.update(reader) != count:
+            raise RuntimeError("the index is not whole")
+        built = time.perf_counter() - started
+        found, read = [], []
+        for number in range(50):
+            wanted = parse_filter([f"session=session-{number * 7919 % (count // each)}"])
+            started = time.perf_counter()
+            numbers = list(index.find(wanted))
+            between = time.perf_counter()
+            if len(numbers) != each or len(list(reader.entries(numbers[0], numbers[-1] + 1))) != each:
+                raise RuntimeError("the session is not whole")
+            found.append(between - started)
+            read.append(time.perf_counter() - started)
+    title = f"one session of {count:,} records"
+    return [
+        _rate("index", [built], count),
+        Row(f"{title}: found", "ms", statistics.median(found) * 1e3, p95(found) * 1e3, bar=QUERY),
+        Row(
+            f"{title}: found and read ({each} records)", "ms", statistics.median(read) * 1e3, p95(read) * 1e3, bar=QUERY
+        ),
     ]
 
 

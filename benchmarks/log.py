@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import sys
 
-from _log import append_figure, single_figure, size_figure, verify_figure
+from _log import append_figure, query_figure, single_figure, size_figure, verify_figure
 from _program import Figure, run
 
 FIGURES = {
     "append": Figure(append_figure),
     "single": Figure(single_figure),
     "verify": Figure(verify_figure),
+    "query": Figure(query_figure),
     "size": Figure(size_figure),
 }
 

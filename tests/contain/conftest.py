@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -25,11 +24,6 @@ from tests.internet.world import Internet, InternetError
 
 MakeBox = Callable[..., Awaitable[Sandbox]]
 Compile = Callable[..., str]
-
-
-# A runner in the background of a shell hands down that Ctrl-C is ignored; tests interrupt themselves with it.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
