@@ -700,7 +700,8 @@ async def test_more_than_its_bytes_ends_a_flow(make_box: MakeBox, internet: Inte
     internet.clear()
     up, down, both = await asyncio.gather(
         shell(box, f"head -c 20000000 /dev/zero | {curl} -H Expect: -T - {scheme}://web.test/upload"),
-        shell(box, f"{curl} '{scheme}://web.test/big?bytes=20000000' | wc -c"),
+        # In HTTP/2 a client talks while it reads: a reset that its sending meets first costs it what it has not read.
+        shell(box, f"{curl} --http1.1 '{scheme}://web.test/big?bytes=20000000' | wc -c"),
         shell(box, f"head -c 50000 /dev/zero | {curl} -T - {scheme}://web.test/upload"),
     )
     assert up.exit_code != 0
