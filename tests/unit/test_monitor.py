@@ -248,6 +248,48 @@ def test_what_is_withdrawn_is_recorded_as_a_denial_and_not_told() -> None:
     assert decision.verdict is DENY and decision.answered_by == "nobody"
 
 
+class Slow(Recent):
+    """A ledger whose records are durable when the test says so."""
+
+    unawaited: frozenset[Kind] = frozenset()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[Callable[[Exception | None], None]] = []
+        self.asked: Callable[[], None] | None = None
+
+    def when_safe(self, callback: Callable[[Exception | None], None]) -> None:
+        self.waiting.append(callback)
+        if self.asked is not None:
+            self.asked()
+
+
+@pytest.mark.parametrize("when", ["after the answer", "while it is answered", "with the question"])
+def test_what_is_withdrawn_while_its_record_is_written_is_not_told(when: str) -> None:
+    """A person has said yes, the record is not durable yet, and the caller goes away."""
+
+    class AtOnce(Persons):
+        def ask(self, asked: Action, opinion: Opinion, answered: Callable[[Answer], None]) -> Held:
+            answered(Answer(ALLOW, "anna"))
+            return self
+
+    persons = AtOnce() if when == "with the question" else Persons()
+    decided: list[Decision] = []
+    slow = Slow()
+    monitor = Monitor(policy=Says(ASK), sink=slow, ledgers=(slow,), approvals=persons)
+    held = monitor.submit(action(), decided.append)
+    assert held is not None
+    if when == "while it is answered":
+        slow.asked = held.withdraw
+    if persons.asked:
+        persons.asked[0][2](Answer(ALLOW, "anna"))
+    held.withdraw()
+    for callback in slow.waiting:
+        callback(None)
+    assert len(slow.waiting) == 1
+    assert not decided
+
+
 @pytest.mark.parametrize("answered", [True, False])
 def test_whoever_asked_is_let_go_of_with_the_answer(answered: bool) -> None:
     """Who waits for an answer has descriptors: they are not to wait for the collector of garbage, too."""

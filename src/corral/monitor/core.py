@@ -259,20 +259,23 @@ class _Question:
         self._lock = threading.Lock()
         self._open = True
         self._filed: Held | None = None
+        self._released: Held | None = None
+        """What waits for the record of the answer."""
+        self._withdrawn = False
 
     def file(self, approvals: Approvals) -> Held | None:
-        """Itself, or None where the answer was there at once."""
+        """What waits: itself, or the record of an answer that was there at once, or None."""
         self._filing = threading.get_ident()
         try:
             filed = approvals.ask(self._action, self._opinion, self._answered)
         except Exception as error:
             self._answered(Answer(Verdict.DENY, "monitor", f"it could not be asked ({type(error).__name__})"))
-            return None
+            return None  # a refusal waits for nothing
         finally:
             self._filing = 0
         with self._lock:
             if not self._open:
-                return None
+                return self._released
             self._filed = filed
         return self
 
@@ -288,7 +291,12 @@ class _Question:
         was_open, _ = self._close()
         if was_open:
             verdict = answer.verdict if answer.verdict in (Verdict.ALLOW, Verdict.KILL) else Verdict.DENY
-            self._monitor.release(self._settle(verdict, answer.reason, answer.by), self._decided)
+            released = self._monitor.release(self._settle(verdict, answer.reason, answer.by), self._decided)
+            with self._lock:
+                self._released = released
+                withdrawn = self._withdrawn
+            if withdrawn and released is not None:
+                released.withdraw()
 
     def _settle(self, verdict: Verdict, reason: str, by: str) -> Decision:
         opinion = replace(self._opinion, verdict=verdict, reason=reason or self._opinion.reason)
@@ -302,3 +310,8 @@ class _Question:
             if filed is not None:
                 filed.withdraw()
             self._settle(Verdict.DENY, "whoever tried it was gone before the answer", "nobody")
+            return
+        with self._lock:
+            self._withdrawn, released = True, self._released
+        if released is not None:
+            released.withdraw()
