@@ -78,7 +78,7 @@ test: test-packages build/installed.stamp build/demo.stamp build/dev.stamp $(ASA
 	trap 'kill -- -$$beside 2>/dev/null || true' EXIT; \
 	echo '== real sandboxes as an ordinary user'; \
 	tests/as_user.sh $(TEST_USER) $(PYTEST_ARGS) tests/contain || status=1; \
-	wait $$beside || status=1; \
+	wait $$beside || status=1; trap - EXIT; \
 	cat build/beside.log; \
 	echo '== real sandboxes as root, and real agents'; \
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(filter-out tests/unit,$(TESTS)) $(BESIDE:%=--ignore=%) || status=1; \
