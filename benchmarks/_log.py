@@ -31,10 +31,11 @@ from corral.actions import (
 from corral.log.gaps import Gaps
 from corral.log.index import LogIndex
 from corral.log.note import KeyFile, KeyType
+from corral.log.ocsf import Context
 from corral.log.proof import make_proof
 from corral.log.query import parse_filter
 from corral.log.reader import Reader
-from corral.log.records import Context, encode
+from corral.log.records import encode
 from corral.log.verify import verify_log
 from corral.log.writer import Log
 from corral.monitor import jsonl

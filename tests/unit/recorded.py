@@ -22,7 +22,8 @@ from corral.actions import (
     Verdict,
 )
 from corral.log.events import Event, ExecEnded, ExecStarted, SessionEnded, SessionStarted
-from corral.log.records import Context, Record, decode, encode
+from corral.log.ocsf import Context
+from corral.log.records import Record, decode, encode
 
 START = 1_790_000_000.0
 CONTEXT = Context("coder", "1.2", "policy.yaml", "sha256:" + "0" * 64, "session-1", "box-1", "0.1.0")

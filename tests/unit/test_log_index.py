@@ -18,9 +18,10 @@ from corral.log.events import SessionEnded
 from corral.log.export import FORMS
 from corral.log.index import IndexFault, LogIndex
 from corral.log.note import KeyFile, KeyType
+from corral.log.ocsf import Context
 from corral.log.query import Filter, parse_filter
 from corral.log.reader import Reader
-from corral.log.records import Context, encode, summary
+from corral.log.records import encode, summary
 from corral.log.writer import Log
 
 KEY = KeyFile("log.example/one", KeyType.ED25519, b"k" * 32)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from corral.log.merkle import (
     EMPTY,
-    Frontier,
     ProofError,
     Subtree,
     check_consistency,
@@ -65,10 +64,7 @@ def test_known_roots() -> None:
 @given(st.integers(0, len(LEAVES)))
 def test_the_root_is_that_of_the_definition_however_it_is_computed(size: int) -> None:
     leaves = LEAVES[:size]
-    frontier = Frontier()
-    for leaf in leaves:
-        frontier.add(leaf)
-    assert frontier.root() == root_hash(size, subtrees(leaves)) == reference(leaves)
+    assert root_hash(size, subtrees(leaves)) == reference(leaves)
     if size.bit_count() == 1:
         assert perfect_root(leaves) == reference(leaves)
 
@@ -142,8 +138,6 @@ def test_what_cannot_be_proven_is_refused() -> None:
     for old, new in ((4, 3), (-1, 3)):
         with pytest.raises(ValueError, match="no earlier one"):
             consistency_proof(old, new, subtrees(LEAVES))
-    with pytest.raises(ValueError, match="2 hashes at its edge"):
-        Frontier(3, [EMPTY])
 
 
 def test_a_leaf_is_no_node() -> None:

@@ -47,8 +47,8 @@ from corral.log.events import (
     SessionEnded,
     SessionStarted,
 )
-from corral.log.ocsf import PROFILES, VERSION
-from corral.log.records import Context, decode, encode, summary
+from corral.log.ocsf import PROFILES, VERSION, Context
+from corral.log.records import _who, decode, encode, summary
 from corral.log.tiles import MAX_ENTRY
 from corral.monitor.plain import to_plain
 
@@ -236,6 +236,20 @@ def test_ten_mebibytes_of_arguments_are_cut_and_said_to_be() -> None:
     record = decode(entry)
     assert {"subject", "origin", "rule", "reason", "advice"} <= record.cut
     assert json.loads(entry)["metadata"]["is_truncated"] is True
+
+
+def test_what_an_agent_says_at_length_is_not_kept() -> None:
+    """Actors are kept encoded for the next record; how large they are is not for an agent to say."""
+    _who.cache_clear()
+    for number in range(100):
+        process = Process(number, 1, 1, "/bin/sh", ("sh", "x" * 100_000), ())
+        action = Action(Kind.PROCESS_EXEC, Program("/bin/sh", ()), Origin("box", "session", 0, 0, process))
+        decision = Decision(action, Verdict.ALLOW, "", "", "", "policy", 1, 1.0)
+        assert encoded(decision)
+    assert _who.cache_info().currsize == 0
+    for _ in range(2):
+        assert encoded(replace(decision, action=replace(action, origin=Origin("box", "session"))))
+    assert _who.cache_info().currsize == 1
 
 
 def test_a_context_that_is_no_text_is_written_all_the_same() -> None:

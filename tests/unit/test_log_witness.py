@@ -198,12 +198,13 @@ def test_a_key_that_signs_for_a_log_is_no_witness(tmp_path: Path) -> None:
 
 
 @contextmanager
-def serving(witness: Witness) -> Iterator[str]:
-    server = WitnessServer(witness, "127.0.0.1", 0)
+def serving(witness: Witness, address: str = "127.0.0.1") -> Iterator[str]:
+    server = WitnessServer(witness, address, 0)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
+        host = f"[{address}]" if ":" in address else address
+        yield f"http://{host}:{server.server_address[1]}"
     finally:
         server.shutdown()
         thread.join()
@@ -255,6 +256,16 @@ def test_a_log_is_cosigned_by_several(tmp_path: Path) -> None:
         log.seal()
         with pytest.raises(NoteError, match="0 of the witnesses"):
             require_cosigned(place, (LOG.verifier,), both, 1)
+
+
+def test_a_witness_at_an_address_of_ipv6(witness: Witness, tmp_path: Path) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"no IPv6 on this machine: {error}")
+    with serving(witness, "::1") as address, Log(tmp_path / "log", LOG) as log:
+        log.append(b"an entry")
+        assert [each.problem for each in cosign_log(log, [WitnessAddress(address, KEY.verifier)])] == [""]
 
 
 def test_one_witness_under_two_names_is_one(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import TextIO
 from corral.cli.foreground import printable
 from corral.cli.log import directory_of
 from corral.errors import RequestError
+from corral.log.places import index_path
 from corral.log.query import parse_filter, parse_time
 from corral.log.reader import Reader
 from corral.log.records import Record, Summary, decode, summary
@@ -228,7 +229,7 @@ def query(
     directory = directory_of(log)
     reader = Reader(directory)
     wanted = parse_filter(words)
-    with LogIndex(index or _index_path(directory)) as made:
+    with LogIndex(index or index_path(directory)) as made:
         if rebuild:
             made.rebuild(reader)
         else:
@@ -239,12 +240,6 @@ def query(
             return
         for number, entry in entries:
             _print_record(number, entry, details=details, as_json=False)
-
-
-def _index_path(directory: Path) -> Path:
-    """Beside the log: who is given that needs no index of ours."""
-    place = Path(os.path.abspath(directory))
-    return place.with_name(f"{place.name}.index")
 
 
 def _entries(reader: Reader, numbers: Iterable[int]) -> Iterator[tuple[int, bytes]]:

@@ -68,29 +68,6 @@ def root_hash(size: int, subtree: Subtree) -> bytes:
     return fold(subtree(level, number) for level, number in complete_subtrees(0, size))
 
 
-class Frontier:
-    """The right edge of a tree that grows: the hashes of the complete subtrees that cover it, the largest first."""
-
-    def __init__(self, size: int = 0, hashes: Sequence[bytes] = ()) -> None:
-        """``hashes`` are those of ``complete_subtrees(0, size)``. Raises ValueError for another number of them."""
-        if len(hashes) != size.bit_count():
-            raise ValueError(f"a tree of {size} leaves has {size.bit_count()} hashes at its edge")
-        self.size = size
-        self._hashes = list(hashes)
-
-    def add(self, leaf: bytes) -> None:
-        """Appends the hash of a leaf."""
-        carry, rest = leaf, self.size
-        while rest & 1:
-            carry = node_hash(self._hashes.pop(), carry)
-            rest >>= 1
-        self._hashes.append(carry)
-        self.size += 1
-
-    def root(self) -> bytes:
-        return fold(self._hashes)
-
-
 # ---- proofs ----
 
 

@@ -31,7 +31,7 @@ Fields = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Where:
+class Context:
     """What stands in every record of a session."""
 
     agent: str
@@ -43,30 +43,30 @@ class Where:
     product_version: str
 
 
-def fields_of(event: Event, plain: Fields, where: Where, bounds: Bounds) -> Fields:
+def fields_of(event: Event, plain: Fields, context: Context, bounds: Bounds) -> Fields:
     """What a record says of its event in OCSF's words. ``plain`` is the event's plain form."""
     if isinstance(event, Decision):
         fields = _decision(event, plain, bounds)
     elif isinstance(event, Flow):
         fields = _flow(plain)
     else:
-        fields = _life(event, plain, where, bounds)
+        fields = _life(event, plain, context, bounds)
     fields["type_uid"] = fields["class_uid"] * 100 + fields["activity_id"]
     fields["category_uid"] = fields["class_uid"] // 1000
     return fields
 
 
-def common(where: Where) -> Fields:
+def common(context: Context) -> Fields:
     """What all records of a session say."""
     return {
-        "device": {"type_id": 6, "uid": where.sandbox, "name": "sandbox"},
-        "policy": {"name": where.policy, "uid": where.policy_hash},
+        "device": {"type_id": 6, "uid": context.sandbox, "name": "sandbox"},
+        "policy": {"name": context.policy, "uid": context.policy_hash},
     }
 
 
-def actor(where: Where, origin: Fields | None, bounds: Bounds) -> Fields:
+def actor(context: Context, origin: Fields | None, bounds: Bounds) -> Fields:
     """Who acts: the agent, and the process, where there is one. ``origin`` is plain."""
-    agent = {"app_name": where.agent, "app_uid": where.agent_version, "session": {"uid": where.session}}
+    agent = {"app_name": context.agent, "app_uid": context.agent_version, "session": {"uid": context.session}}
     process = origin and origin["process"]
     return {**agent, "process": _process(process, bounds)} if process else agent
 
@@ -189,7 +189,7 @@ def _flow(plain: Fields) -> Fields:
 # ---- life ----
 
 
-def _life(event: Event, plain: Fields, where: Where, bounds: Bounds) -> Fields:
+def _life(event: Event, plain: Fields, context: Context, bounds: Bounds) -> Fields:
     if isinstance(event, ExecStarted | ExecEnded):
         process: Fields = {"uid": f"exec-{event.exec}"}
         if isinstance(event, ExecStarted):
@@ -198,7 +198,7 @@ def _life(event: Event, plain: Fields, where: Where, bounds: Bounds) -> Fields:
         fields = {"class_uid": PROCESS, "activity_id": 2, "severity_id": 1, "process": process}
         return {**fields, "exit_code": event.status, "status_id": 2 if event.status or event.error else 1}
     if isinstance(event, SessionStarted | SessionEnded):
-        app = {"name": where.agent, "version": where.agent_version}
+        app = {"name": context.agent, "version": context.agent_version}
         activity = 3 if isinstance(event, SessionStarted) else 4
         return {"class_uid": LIFECYCLE, "activity_id": activity, "severity_id": 1, "app": app}
     app = {"name": "log", "vendor_name": "Corral"}

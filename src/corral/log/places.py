@@ -5,16 +5,20 @@ The key is beside the log and not in it, so that the log can be served and copie
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import os
 import secrets
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from corral.log.events import Event, KeyRotated, LogRecovered
-from corral.log.note import KeyFile, NoteError
-from corral.log.records import Context, encode
+from corral.log.note import KeyFile
+from corral.log.ocsf import Context
+from corral.log.records import encode
 from corral.log.signing import KEYS, read_keys
 from corral.log.tiles import sync_directory
 from corral.log.writer import Log, LogUnwritable
@@ -26,10 +30,22 @@ def key_path(directory: Path) -> Path:
     return directory.with_name(f"{directory.name}.key")
 
 
+def index_path(directory: Path) -> Path:
+    """The index of the log in a directory. It is beside the log too: who is given that needs no index of ours."""
+    return directory.with_name(f"{directory.name}.index")
+
+
 def files_of(directory: Path) -> tuple[str, ...]:
-    """Everything that belongs to a log, so that it can be hidden from what is recorded in it (I4)."""
-    place = Path(os.path.realpath(directory))
-    return (str(place), *(str(key) for key in sorted(place.parent.glob(f"{glob.escape(place.name)}.key*"))))
+    """Everything that belongs to a log, so that it can be hidden from what is recorded in it (I4): the log, its keys
+    and the index, and those of their files that are not there yet.
+
+    All by their real paths. A log that is reached by a link has its key beside the link.
+    """
+    named = Path(os.path.abspath(directory))
+    key, index = key_path(named), index_path(named)
+    beside = {named, key, _successor(key), _next_old(key), *named.parent.glob(f"{glob.escape(key.name)}.*")}
+    beside |= {index.with_name(f"{index.name}{end}") for end in ("", "-journal", "-wal", "-shm")}
+    return tuple(sorted({os.path.realpath(path) for path in beside}))
 
 
 def open_log(directory: Path) -> Log:
@@ -63,20 +79,20 @@ def open_log(directory: Path) -> Log:
 def rotate_key(directory: Path) -> KeyFile:
     """Makes a new key for a log, has both sign for what is there, and keeps the old one as ``DIR.key.N``.
 
-    Raises as :func:`open_log`.
+    Raises as :func:`open_log`; LogUnwritable also where another process is at it.
     """
     directory = Path(os.path.abspath(directory))
     path = key_path(directory)
-    _finish_rotation(path)
-    old = KeyFile.read(path)
-    new = KeyFile.make(_successor(path), old.verifier.name)
-    try:
+    with _rotating(path) as mine:
+        if not mine:
+            raise LogUnwritable(f"{path}: another process is changing this key")
+        _finish(path)
+        old = KeyFile.read(path)
+        new = KeyFile.make(_successor(path), old.verifier.name)
         with Log(directory, old) as log:
             _tell(log, KeyRotated(str(old.verifier), str(new.verifier)))
             log.rotate(new)
         _put_in_place(path)
-    except OSError as error:
-        raise LogUnwritable(f"{path}: cannot put the new key in its place: {error.strerror}") from None
     return new
 
 
@@ -84,26 +100,57 @@ def _successor(path: Path) -> Path:
     return path.with_name(f"{path.name}.new")
 
 
-def _put_in_place(path: Path) -> None:
+def _next_old(path: Path) -> Path:
     number = 1
-    while path.with_name(f"{path.name}.{number}").exists():
+    while (old := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
-    os.link(path, path.with_name(f"{path.name}.{number}"))
+    return old
+
+
+def _put_in_place(path: Path) -> None:
+    os.link(path, _next_old(path))
     os.rename(_successor(path), path)
     sync_directory(path.parent)
 
 
-def _finish_rotation(path: Path) -> None:
-    """A rotation that was cut short is finished where the log has the new key already, and forgotten where not."""
+@contextmanager
+def _rotating(path: Path) -> Iterator[bool]:
+    """Whether this is the only one who changes the key."""
     try:
-        new = KeyFile.read(_successor(path))
-    except NoteError:
+        key = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            try:
+                fcntl.flock(key, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                # Who has changed it meanwhile has put another file there, which others can have locked.
+                yield os.path.samestat(os.fstat(key), os.lstat(path))
+        finally:
+            os.close(key)
+    except OSError as error:
+        raise LogUnwritable(f"{path}: cannot change the key: {error.strerror}") from None
+
+
+def _finish_rotation(path: Path) -> None:
+    """As :func:`_finish`, where a rotation was cut short and is not just under way."""
+    if os.path.lexists(_successor(path)):
+        with _rotating(path) as mine:
+            if mine:
+                _finish(path)
+
+
+def _finish(path: Path) -> None:
+    """A rotation that was cut short is finished where the log has the new key already, and forgotten where not."""
+    successor = _successor(path)
+    if not os.path.lexists(successor):
         return
+    new = KeyFile.read(successor)
     keys = read_keys(path.with_name(path.name.removesuffix(".key")))
     if keys and keys[-1] == new.verifier:
         _put_in_place(path)
     else:
-        _successor(path).unlink()
+        successor.unlink()
 
 
 def _tell(log: Log, event: Event) -> None:

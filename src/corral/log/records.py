@@ -21,14 +21,15 @@ from typing import Any
 
 from corral.actions import Action, Decision, Kind, Origin, Verdict
 from corral.log.events import WORDS, Event
-from corral.log.ocsf import PROFILES, VERSION, Where, actor, common, fields_of
+from corral.log.ocsf import PROFILES, VERSION, Context, actor, common, fields_of
 from corral.log.tiles import MAX_ENTRY
 from corral.monitor.plain import Bounds, from_plain, refuse, subject_type, to_plain, unique
 
-Context = Where
 _BOUNDS = (Bounds(), Bounds(text=1024, entries=64, words=4096), Bounds(text=128, entries=16, words=512))
 """What is too long with one is encoded with the next. With the last a record of any event fits."""
 _MICRO = 1_000_000
+_KEPT = 2048
+"""Characters of an origin that is kept for the next record."""
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _NAMES: dict[type[Any], str] = {kind: word for word, kind in WORDS.items()}
 _VERDICTS = {verdict.name.lower(): verdict for verdict in Verdict}
@@ -89,7 +90,9 @@ def encode(event: Event, context: Context, *, sequence: int, at: float, monotoni
 def _encode(event: Event, context: Context, sequence: int, at: int, monotonic: int, bounds: Bounds) -> bytes:
     fields, cut = _plain(event, bounds)
     origin = event.action.origin if isinstance(event, Decision) else getattr(event, "origin", None)
-    actor, own_origin, is_whole = _who(context, origin, bounds)
+    # An agent decides how long its arguments are, so long ones are not kept.
+    who = _who if _is_short(origin) else _who.__wrapped__
+    actor, own_origin, is_whole = who(context, origin, bounds)
     values = fields_of(event, fields | _of_origin(origin), context, bounds)
     if origin is not None:
         fields["origin"] = _Mark.ORIGIN
@@ -143,6 +146,15 @@ def _common(context: Context) -> dict[str, str]:
         _Mark.POLICY: _json(parts["policy"]),
         _Mark.PRODUCT: _json(product),
     }
+
+
+def _is_short(origin: Origin | None) -> bool:
+    """Whether what is kept of it is at most some ten thousand bytes."""
+    if origin is None or origin.process is None:
+        return True
+    process = origin.process
+    texts = len(process.exe) + sum(map(len, process.argv)) + sum(len(each.exe) for each in process.ancestors)
+    return texts + 8 * len(process.argv) + 32 * len(process.ancestors) <= _KEPT
 
 
 @lru_cache(maxsize=1024)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from corral.actions import Decision, Flow, Kind
 from corral.log.events import Event
-from corral.log.records import Context, encode
+from corral.log.ocsf import Context
+from corral.log.records import encode
 from corral.log.writer import Log
 
 

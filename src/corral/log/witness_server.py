@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from socket import SHUT_RDWR, socket
+from socket import AF_INET, AF_INET6, SHUT_RDWR, socket
 from typing import Any
 
 from corral.log.witness import MAX_REQUEST, Answer, Witness
@@ -28,6 +28,7 @@ class WitnessServer(ThreadingHTTPServer):
         """Raises OSError where it cannot be listened there."""
         self.witness = witness
         self._free = threading.BoundedSemaphore(MAX_AT_ONCE)
+        self.address_family = AF_INET6 if ":" in address else AF_INET
         super().__init__((address, port), _Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from corral.log.events import ExecEnded, ExecStarted, SessionEnded, SessionStarted
-from corral.log.records import Context
+from corral.log.ocsf import Context
 from corral.log.sink import SessionLog
 from corral.log.writer import Log
 from corral.monitor.records import Sink
