@@ -9,30 +9,24 @@ import os
 import signal
 import socket
 import subprocess
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from corral.actions import Decision, Kind, Verdict
 from corral.errors import SandboxClosed
 from corral.log import writer
-from corral.log.events import Event, ExecEnded, ExecStarted, SessionEnded, SessionStarted
-from corral.log.gaps import Gaps
+from corral.log.events import ExecEnded, ExecStarted, SessionEnded, SessionStarted
 from corral.log.places import key_path, open_log
-from corral.log.reader import Reader
-from corral.log.records import Record, decode
-from corral.log.signing import read_keys
-from corral.log.verify import verify_log
 from corral.log.writer import Log
 from corral.policy.canonical import policy_hash
 from corral.policy.load import parse_policy
 from corral.sandbox.box import Sandbox
 from tests.contain.command_line import CommandLine, adopting_orphans
 from tests.contain.conftest import wait_until
+from tests.contain.logs import Disk, events, records, verified
 
 CONNECT = "import socket; socket.create_connection(('127.0.0.1', {port})).close()"
 
@@ -58,21 +52,6 @@ async def log(place: Path) -> AsyncIterator[Log]:
 def _close(opened: Log) -> None:
     with suppress(writer.LogUnwritable):  # which is what a test wanted
         opened.close()
-
-
-def records(place: Path) -> list[Record]:
-    return [decode(entry) for _, entry in Reader(place).entries()]
-
-
-def events(place: Path, kind: type[Event]) -> list[Any]:
-    return [record.event for record in records(place) if isinstance(record.event, kind)]
-
-
-def verified(place: Path) -> int:
-    """How many entries a log has, all of which are as they were signed, without gaps."""
-    report = verify_log(place, read_keys(place), look=Gaps())
-    assert report.faults == []
-    return report.size
 
 
 def test_a_run_is_recorded_from_its_beginning_to_its_end(cli: CommandLine, place: Path) -> None:
@@ -138,6 +117,25 @@ def test_the_log_and_its_key_are_absent_inside(cli: CommandLine, workspace: Path
     verified(place)
 
 
+def test_the_key_of_a_log_behind_a_link_is_absent_too(cli: CommandLine, workspace: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (workspace / "log").symlink_to(tmp_path / "elsewhere")
+    place = workspace / "log"
+    done = cli.run("--log", str(place), "--discard", "--", "sh", "-c", "cat log.key log/keys")
+    assert done.returncode != 0
+    assert done.stdout == b""
+    verified(place)
+
+
+@pytest.mark.parametrize("within", ["", "tile"])
+def test_a_log_is_not_a_place_to_work_in(cli: CommandLine, place: Path, within: str) -> None:
+    assert cli.run("--log", str(place), "--", "true").returncode == 0
+    done = cli.run("--log", str(place), "--workspace", str(place / within), "--", "cat", "keys")
+    assert (done.returncode, done.stdout) == (125, b"")
+    assert b"which no sandbox is shown" in done.stderr
+    verified(place)
+
+
 def test_secrets_are_in_no_record(cli: CommandLine, place: Path, tmp_path: Path) -> None:
     """I8: neither a credential of the gateway, nor a variable that the policy sets or passes."""
     canaries = {name: f"canary-{name}-{os.urandom(8).hex()}" for name in ("credential", "set", "passed", "file")}
@@ -169,24 +167,6 @@ def test_a_log_that_is_not_one_is_a_clear_error(cli: CommandLine, tmp_path: Path
 
 
 # ---- record before effect ----
-
-
-class Disk:
-    """Holds up or fails what makes the log durable."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.works = threading.Event()
-        self.works.set()
-        self.error = 0
-        self._sync: Callable[[int], None] = os.fdatasync
-        monkeypatch.setattr(os, "fdatasync", self.fdatasync)
-
-    def fdatasync(self, fd: int) -> None:
-        if threading.current_thread().name == "corral-log":
-            self.works.wait(60)
-            if self.error:
-                raise OSError(self.error, os.strerror(self.error))
-        self._sync(fd)
 
 
 @pytest.fixture

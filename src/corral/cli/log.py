@@ -234,7 +234,8 @@ def witness(state: str, key: str, logs: Sequence[str], listen: str) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     host, actual = server.server_address[:2]
     print(printable(str(made.verifier)))
-    print(printable(f"listening on {host!s}:{actual}"), flush=True)
+    shown = f"[{host!s}]" if ":" in str(host) else str(host)
+    print(printable(f"listening on {shown}:{actual}"), flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

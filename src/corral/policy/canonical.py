@@ -25,7 +25,8 @@ _ORDERED = {(ExecRule, "argv"), (Network, "resolvers")}
 def canonical_form(policy: Policy) -> bytes:
     """All values of ``policy``, defaults included, as canonical JSON in UTF-8.
 
-    Values of ``environment.set`` may be secrets: in their place is their SHA-256.
+    In the place of the values of ``environment.set`` is their SHA-256. That hides nothing that can be guessed: the
+    place of a secret is ``credential`` of a network rule, of which no value is in a policy.
     """
     form = _form(policy)
     form["version"] = VERSION

@@ -98,6 +98,14 @@ def _project(what: str, path: str) -> str:
     return real
 
 
+def check_hidden(hidden: Sequence[str], shown: Sequence[str]) -> None:
+    """Raises RequestError where something is to be shown that lies in what is hidden; all are real paths."""
+    for path in shown:
+        for place in hidden:
+            if path == place or path.startswith(f"{place}/"):
+                raise RequestError(f"{path} lies in {place}, which no sandbox is shown: it is of the log of this one")
+
+
 def check_root(path: str | None) -> str | None:
     """The real path of an unpacked root file system. Raises RequestError for one that is none."""
     if path is None:

@@ -17,7 +17,7 @@ from corral.sandbox.identity import Identity, make_identity, workspace_lines
 from corral.sandbox.image import system_image
 from corral.sandbox.landlock import plan_landlock
 from corral.sandbox.limits import plan_limits, refusals_for
-from corral.sandbox.options import Options, check_read, check_root, check_workspace, check_write
+from corral.sandbox.options import Options, check_hidden, check_read, check_root, check_workspace, check_write
 from corral.sandbox.outlet import Outlet, make_outlet
 from corral.sandbox.plan import IdLine, Map, Plan
 from corral.sandbox.tools import STANDARD_PATH, Tools, default_hints, environment_hints, find_tools
@@ -115,6 +115,8 @@ def prepare(options: Options, *, gateway: bool | None = None) -> Prepared:
     workspace = check_workspace(options.workspace)
     root = check_root(options.root)
     read = check_read(policy.filesystem.read)
+    write = check_write(policy.filesystem.write)
+    check_hidden(options.hidden, (workspace, *write, *read))
     visible = (*visible_trees(root), workspace)
     tools = _tools(options.environment.get("PATH", os.defpath), visible, options.command)
     trees = tools.trees if root is None else ()
@@ -147,7 +149,7 @@ def prepare(options: Options, *, gateway: bool | None = None) -> Prepared:
             inodes=resources.inodes,
             root=root,
             read=tuple(sorted({*read, *trees})),
-            write=check_write(policy.filesystem.write),
+            write=write,
             deny=(*policy.filesystem.deny, *options.hidden),
             nameservers=(capture.RESOLVER4, capture.RESOLVER6) if gateway else (),
             certificates=outlet.certificates,
