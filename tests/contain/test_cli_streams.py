@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import random
@@ -252,9 +253,9 @@ def test_the_callers_descriptors_do_not_pass_in(cli: CommandLine, tmp_path: Path
     secret = tmp_path / "secret"
     secret.write_text("s3cret")
     fd = os.open(secret, os.O_RDWR)
-    high = 57
-    os.dup2(fd, high, inheritable=True)
-    done = cli.run("--", "sh", "-c", "ls -l /proc/self/fd /proc/$$/fd; cat <&57", pass_fds=(high,))
+    high = fcntl.fcntl(fd, fcntl.F_DUPFD, 57)  # a free number: another could be one of Corral's own here
+    os.set_inheritable(high, True)
+    done = cli.run("--", "sh", "-c", f"ls -l /proc/self/fd /proc/$$/fd; cat </proc/self/fd/{high}", pass_fds=(high,))
     os.close(fd)
     os.close(high)
     assert done.returncode != 0 and b"s3cret" not in done.stdout and str(secret).encode() not in done.stdout
