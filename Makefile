@@ -33,9 +33,9 @@ export PIP_ROOT_USER_ACTION := ignore
 SOURCES := pyproject.toml meson.build LICENSE README.md $(shell find src -name __pycache__ -prune -o -print)
 LINTED := $(wildcard src tests benchmarks examples)
 TESTS := $(wildcard tests/unit tests/contain tests/e2e)
-# Long, and indifferent to what else the machine does: these run while the tests as an ordinary user leave a processor.
-BESIDE := $(wildcard tests/contain/test_file_races.py tests/contain/test_network_races.py \
-  tests/contain/test_workloads_install.py)
+# What uses the one little internet that this machine can have. As root it runs after the same as an ordinary user, and
+# all else that runs as root is beside both: of two processors neither is idle.
+ONLINE := $(shell grep -lw 'internet: Internet' $(wildcard tests/contain/test_*.py) /dev/null) $(wildcard tests/e2e)
 BENCHMARKS := $(wildcard benchmarks/[!_]*.py)
 
 LAUNCHER_C := $(wildcard src/launcher/*.c)
@@ -73,15 +73,16 @@ test: test-packages build/installed.stamp build/demo.stamp build/dev.stamp $(ASA
 	status=0; set -m; \
 	{ beside=0; $(MAKE) lint sanitize || beside=1; \
 	  echo '== what needs no sandbox'; $(BIN)/python -m pytest $(PYTEST_ARGS) tests/unit || beside=1; \
-	  echo '== real sandboxes as root: races and installations'; $(BIN)/python -m pytest $(PYTEST_ARGS) $(BESIDE) || beside=1; \
+	  echo '== real sandboxes as root'; \
+	  $(BIN)/python -m pytest $(PYTEST_ARGS) tests/contain $(ONLINE:%=--ignore=%) || beside=1; \
 	  exit $$beside; } >build/beside.log 2>&1 </dev/null & beside=$$!; set +m; \
 	trap 'kill -- -$$beside 2>/dev/null || true' EXIT; \
 	echo '== real sandboxes as an ordinary user'; \
 	tests/as_user.sh $(TEST_USER) $(PYTEST_ARGS) tests/contain || status=1; \
+	echo '== the gateway as root, and real agents'; \
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(ONLINE) || status=1; \
 	wait $$beside || status=1; trap - EXIT; \
 	cat build/beside.log; \
-	echo '== real sandboxes as root, and real agents'; \
-	$(BIN)/python -m pytest $(PYTEST_ARGS) $(filter-out tests/unit,$(TESTS)) $(BESIDE:%=--ignore=%) || status=1; \
 	exit $$status
 
 .PHONY: lint
