@@ -24,6 +24,15 @@ class Verdict(IntEnum):
     """The attempt is denied and its sandbox ends."""
 
 
+class Content(Enum):
+    """What can be kept of a session beside its records, which only say that it was there."""
+
+    TERMINAL = "terminal"
+    """What a command has written: to its terminal, or to stdout and stderr."""
+    REFUSED_FLOW = "refused_flow"
+    """The first bytes of a connection that the gateway refused."""
+
+
 class Kind(Enum):
     """What can be tried. A refused system call is ``KERNEL``; its subject names the call."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from hypothesis import strategies as st
 
-from corral.actions import Kind, Verdict
+from corral.actions import Content, Kind, Verdict
 from corral.policy.model import Credential, FlowLimits, Note, Permit, Policy, RequestRule
 
 Document = dict[str, Any]
@@ -152,7 +152,11 @@ DOCUMENTS: st.SearchStrategy[Document] = _section(
     model=_section(allow=MODELS, ask=MODELS, deny=MODELS),
     data=_section(allow=QUERIES, ask=QUERIES, deny=QUERIES),
     approvals=_section(timeout=st.floats(0.001, 1000) | st.just("5m"), freeze=st.booleans()),
-    log=_section(asynchronous=st.lists(st.sampled_from([each.value for each in Kind]), max_size=3)),
+    log=_section(
+        asynchronous=st.lists(st.sampled_from([each.value for each in Kind]), max_size=3),
+        keep=st.dictionaries(st.sampled_from([each.value for each in Content]), st.just("30d") | st.integers(1, 999)),
+        keep_bytes=st.integers(1024, 1 << 26),
+    ),
     detection=_section(rules=st.lists(PATHS, max_size=3)),
     autonomy=_section(level=st.integers(0, 9)),
     allow_degraded=st.lists(st.just("landlock"), max_size=2),
@@ -164,6 +168,7 @@ def document_of(policy: Policy) -> Document:
     fields = {field.name for field in dataclasses.fields(policy)} - {"allow_degraded"}
     document: Document = {name: _section_of(getattr(policy, name)) for name in fields}
     document["environment"]["set"] = dict(policy.environment.set)
+    document["log"]["keep"] = {content.value: seconds for content, seconds in policy.log.keep}
     for rule in document["network"]["deny"]:  # says nothing of how
         del rule["intercept"], rule["limits"]
     document["allow_degraded"] = [wall.value for wall in policy.allow_degraded]

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema
 
-from corral.actions import Kind, Verdict
+from corral.actions import Content, Kind, Verdict
 from corral.policy.document import quoted
 from corral.policy.matching import escape_glob
 from corral.policy.model import GIB, KIB, MIB, Degradation
@@ -254,6 +254,16 @@ def action_class(name: object) -> Kind:
     return Kind(name)
 
 
+def content_class(name: object) -> Content:
+    """A class of content."""
+    known = [each.value for each in Content]
+    if isinstance(name, Content):
+        return name
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"{quoted(str(name))} is nothing that can be kept ({nearest(str(name), known)})")
+    return Content(name)
+
+
 # --- System calls ---------------------------------------------------------------------------------------------------
 
 _CALL = re.compile(r"[a-z_][a-z0-9_]{0,63}")
@@ -317,6 +327,7 @@ _DURATIONS = WithJsonSchema(
 )
 _PROFILES = WithJsonSchema({"anyOf": [{"enum": list(PROFILES)}, {"type": "string", "pattern": "/"}]})
 _KINDS = WithJsonSchema({"enum": [each.value for each in Kind]})
+_CONTENT = WithJsonSchema({"enum": [each.value for each in Content]})
 _WALLS = WithJsonSchema({"enum": [wall.value for wall in Degradation]})
 
 
@@ -340,6 +351,11 @@ Walls = Annotated[
     tuple[Annotated[Degradation, BeforeValidator(degradation), _WALLS], ...], Field(max_length=MAX_ENTRIES)
 ]
 Kinds = Annotated[tuple[Annotated[Kind, BeforeValidator(action_class), _KINDS], ...], Field(max_length=MAX_ENTRIES)]
+Duration = Annotated[float, BeforeValidator(read_duration), _DURATIONS]
+KeptContent = Annotated[
+    dict[Annotated[Content, BeforeValidator(content_class), _CONTENT], Duration], Field(max_length=len(Content))
+]
+KeptSize = Annotated[int, BeforeValidator(Size(KIB, 64 * MIB)), _SIZES]
 PassedVariables = Annotated[
     tuple[Annotated[str, AfterValidator(passed_variable), _PASSED], ...], Field(max_length=MAX_ENTRIES)
 ]
@@ -358,4 +374,3 @@ Variables = Annotated[
 # Lower bounds catch a forgotten unit; for what tmpfs bounds, 0 would mean "no limit".
 LargeSize = Annotated[int, BeforeValidator(Size(MIB, 1024 * TIB)), _SIZES]
 SmallSize = Annotated[int, BeforeValidator(Size(KIB, GIB)), _SIZES]
-Duration = Annotated[float, BeforeValidator(read_duration), _DURATIONS]

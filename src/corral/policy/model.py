@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from corral.actions import Kind, Verdict
+from corral.actions import Content, Kind, Verdict
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -297,6 +297,10 @@ class Log:
 
     asynchronous: tuple[Kind, ...] = INSIDE
     """Actions that go on before their record is durable. All others wait for it."""
+    keep: tuple[tuple[Content, float], ...] = ()
+    """Content that is kept beside the log, and for how many seconds."""
+    keep_bytes: int = 8 * MIB
+    """Of one such content; the rest is cut off."""
 
 
 @dataclass(frozen=True, slots=True)

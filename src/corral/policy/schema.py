@@ -15,6 +15,8 @@ from corral.policy.fields import (
     Answer,
     Duration,
     FormatVersion,
+    KeptContent,
+    KeptSize,
     Kinds,
     Label,
     LargeSize,
@@ -166,6 +168,10 @@ class LogSection(Strict):
 
     asynchronous: Kinds = _DEFAULT.log.asynchronous
     """Actions that go on before their record is durable; all others wait for it."""
+    keep: KeptContent = {}
+    """What is kept beside the log, and for how long: what commands write, first bytes of refused connections."""
+    keep_bytes: KeptSize = _DEFAULT.log.keep_bytes
+    """How much of one such content is kept."""
 
 
 class DetectionSection(Strict):

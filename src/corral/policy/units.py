@@ -15,7 +15,7 @@ from corral.policy.model import GIB, KIB, MIB
 TIB = 1024 * GIB
 _QUANTITY = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([A-Za-z]+)")
 _SIZES = {"kB": 1000, "MB": 1000**2, "GB": 1000**3, "KiB": KIB, "MiB": MIB, "GiB": GIB}
-_DURATIONS = {"s": 1, "m": 60, "h": 3600}
+_DURATIONS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _YEAR = 366 * 24 * 3600
 _NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,15})? ?"
 SIZE = f"^{_NUMBER}(?:{'|'.join(_SIZES)})$"
@@ -65,7 +65,7 @@ def _human(size: int) -> str:
 
 def read_duration(value: object) -> float:
     if isinstance(value, str):
-        seconds = float(_quantity(value, _DURATIONS, '"90s" or "2h"'))
+        seconds = float(_quantity(value, _DURATIONS, '"90s", "2h" or "30d"'))
     elif type(value) in (int, float):
         seconds = float(value)  # type: ignore[arg-type]
     else:
