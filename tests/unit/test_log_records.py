@@ -19,6 +19,7 @@ from corral.actions import (
     Access,
     Action,
     Ancestor,
+    Content,
     Decision,
     Endpoint,
     File,
@@ -44,6 +45,8 @@ from corral.log.events import (
     KeyRotated,
     LogRecovered,
     PayloadErased,
+    PayloadKept,
+    PayloadLost,
     SessionEnded,
     SessionStarted,
 )
@@ -119,6 +122,8 @@ LIFE = (
     | st.builds(LogRecovered, HOSTILE)
     | st.builds(KeyRotated, HOSTILE, HOSTILE)
     | st.builds(PayloadErased, HOSTILE, HOSTILE, HOSTILE)
+    | st.builds(PayloadLost, st.sampled_from(Content), NUMBERS, HOSTILE)
+    | st.builds(PayloadKept, ORIGINS, st.sampled_from(Content), HOSTILE, NUMBERS, st.booleans(), HOSTILE, NUMBERS)
 )
 EVENTS = DECISIONS | FLOWS | LIFE
 
@@ -178,6 +183,9 @@ def kinds_of_events() -> Iterator[Event]:
     yield ExecEnded(1, 256, "", 1, 2, 3, 4)
     yield LogRecovered("12 bytes were cut off")
     yield KeyRotated("a", "b")
+    yield PayloadKept(origin, Content.TERMINAL, "hmac-sha256:ab", 12, False, "ls -l", 1_800_000_000)
+    yield PayloadKept(Origin("box-1", "session-1"), Content.REFUSED_FLOW, "hmac-sha256:ab", 1, True, "192.0.2.1", 1)
+    yield PayloadLost(Content.REFUSED_FLOW, 3, "too many")
     yield PayloadErased("ab", "me", "asked to")
 
 

@@ -11,7 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corral.actions import Action, Decision, Endpoint, Kind, ModelCall, Query, Request, Transport, Verb, Verdict
+from corral.actions import (
+    Action,
+    Content,
+    Decision,
+    Endpoint,
+    Kind,
+    ModelCall,
+    Origin,
+    Query,
+    Request,
+    Transport,
+    Verb,
+    Verdict,
+)
 from corral.errors import RequestError
 from corral.log.events import (
     Event,
@@ -20,6 +33,8 @@ from corral.log.events import (
     KeyRotated,
     LogRecovered,
     PayloadErased,
+    PayloadKept,
+    PayloadLost,
     SessionEnded,
     SessionStarted,
 )
@@ -55,6 +70,10 @@ def told() -> Iterator[tuple[Event, ItemKind, str]]:
     yield SessionEnded("closed"), ItemKind.LIFECYCLE, "the session ended: closed"
     yield LogRecovered("9 bytes"), ItemKind.LIFECYCLE, "the log was mended after a crash: 9 bytes"
     yield KeyRotated("a", "b"), ItemKind.LIFECYCLE, "another key signs for the log"
+    kept = PayloadKept(Origin("s", "s", 3, 1), Content.TERMINAL, "ab", 12, False, "ls\x1b", 1)
+    yield kept, ItemKind.LIFECYCLE, "12 bytes are kept of the terminal of ls\\x1b, which was longer"
+    lost = PayloadLost(Content.REFUSED_FLOW, 3, "too many")
+    yield lost, ItemKind.LIFECYCLE, "3 x refused flow was not kept: too many"
     yield PayloadErased("ab", "ann", "asked to"), ItemKind.LIFECYCLE, "content was erased by ann: asked to"
     yield ExecStarted(2, ("sh", "-c", "a b"), "/", 0), ItemKind.TOOL_CALL, "exec 2: sh -c 'a b'"
     yield ExecEnded(2, 256, "", 1, 2, 3, 4), ItemKind.TOOL_CALL, "exec 2 ended with exit code 1"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from corral.actions import Decision, Flow
+from corral.actions import Content, Decision, Flow, Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,31 @@ class KeyRotated:
 
 
 @dataclass(frozen=True, slots=True)
+class PayloadKept:
+    """Content is kept beside the log (:mod:`corral.log.payloads`)."""
+
+    origin: Origin
+    content: Content
+    digest: str
+    size: int
+    """Bytes that are kept."""
+    is_whole: bool
+    about: str
+    """What it is of: a command, a destination."""
+    expires: int
+    """Seconds since the epoch, from when on it may be erased."""
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadLost:
+    """Content that should have been kept was not."""
+
+    content: Content
+    count: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class PayloadErased:
     """Content was erased; what refers to it in the log stays."""
 
@@ -85,6 +110,8 @@ Event = (
     | ExecEnded
     | LogRecovered
     | KeyRotated
+    | PayloadKept
+    | PayloadLost
     | PayloadErased
 )
 
@@ -97,6 +124,8 @@ WORDS: dict[str, type[Event]] = {
     "exec.ended": ExecEnded,
     "log.recovered": LogRecovered,
     "log.key_rotated": KeyRotated,
+    "log.payload_kept": PayloadKept,
+    "log.payload_lost": PayloadLost,
     "log.payload_erased": PayloadErased,
 }
 """How a record says what it is."""

@@ -16,6 +16,8 @@ from corral.log.events import (
     KeyRotated,
     LogRecovered,
     PayloadErased,
+    PayloadKept,
+    PayloadLost,
     SessionEnded,
     SessionStarted,
 )
@@ -50,7 +52,7 @@ def item_of(number: int, record: Record, offset: float, *, missing: str = "") ->
         ("missing", missing),
         ("record", f"{number}; {record.sequence} of its session"),
     ]
-    origin = event.action.origin if isinstance(event, Decision) else event.origin if isinstance(event, Flow) else None
+    origin = event.action.origin if isinstance(event, Decision) else getattr(event, "origin", None)
     return make_item(
         number,
         kind,
@@ -82,6 +84,13 @@ def _told(event: Event) -> tuple[ItemKind, str, _Details]:
             return ItemKind.LIFECYCLE, f"the log was mended after a crash: {event.what}", iter(())
         case KeyRotated():
             return ItemKind.LIFECYCLE, "another key signs for the log", iter([("old", event.old), ("new", event.new)])
+        case PayloadKept():
+            about = f"{event.content.value.replace('_', ' ')} of {event.about}"
+            line = f"{event.size} bytes are kept of the {about}{'' if event.is_whole else ', which was longer'}"
+            return ItemKind.LIFECYCLE, line, iter([("content", event.digest)])
+        case PayloadLost():
+            line = f"{event.count} x {event.content.value.replace('_', ' ')} was not kept: {event.why}"
+            return ItemKind.LIFECYCLE, line, iter(())
         case PayloadErased():
             line = f"content was erased by {event.by}: {event.why}"
             return ItemKind.LIFECYCLE, line, iter([("content", event.digest)])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from corral.actions import Decision, Flow, Kind, Verdict
-from corral.log.events import Event, ExecEnded, ExecStarted, SessionEnded, SessionStarted
+from corral.log.events import Event, ExecEnded, ExecStarted, PayloadKept, SessionEnded, SessionStarted
 from corral.monitor.plain import Bounds
 
 VERSION = "1.8.0"
@@ -202,4 +202,5 @@ def _life(event: Event, plain: Fields, context: Context, bounds: Bounds) -> Fiel
         activity = 3 if isinstance(event, SessionStarted) else 4
         return {"class_uid": LIFECYCLE, "activity_id": activity, "severity_id": 1, "app": app}
     app = {"name": "log", "vendor_name": "Corral"}
-    return {"class_uid": LIFECYCLE, "activity_id": _OTHER, "severity_id": 3, "app": app}
+    severity = 1 if isinstance(event, PayloadKept) else 3
+    return {"class_uid": LIFECYCLE, "activity_id": _OTHER, "severity_id": severity, "app": app}

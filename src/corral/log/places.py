@@ -11,13 +11,15 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from corral.log.events import Event, KeyRotated, LogRecovered
+from corral.log.events import Event, KeyRotated, LogRecovered, PayloadErased
 from corral.log.note import KeyFile
 from corral.log.ocsf import Context
+from corral.log.payloads import Payloads, read_key
 from corral.log.records import encode
 from corral.log.signing import KEYS, read_keys
 from corral.log.tiles import sync_directory
@@ -35,9 +37,25 @@ def index_path(directory: Path) -> Path:
     return directory.with_name(f"{directory.name}.index")
 
 
+def payloads_path(directory: Path) -> Path:
+    """The store of the log's payloads."""
+    return directory.with_name(f"{directory.name}.payloads")
+
+
+def payload_key_path(directory: Path) -> Path:
+    """What they are encrypted with, where they are."""
+    return directory.with_name(f"{directory.name}.payloads.key")
+
+
+def open_payloads(directory: Path) -> Payloads:
+    """The payloads of the log in a directory, which there may be none of. Raises PayloadError."""
+    directory = Path(os.path.abspath(directory))
+    return Payloads(payloads_path(directory), read_key(payload_key_path(directory)))
+
+
 def files_of(directory: Path) -> tuple[str, ...]:
-    """Everything that belongs to a log, so that it can be hidden from what is recorded in it (I4): the log, its keys
-    and the index, and those of their files that are not there yet.
+    """Everything that belongs to a log, so that it can be hidden from what is recorded in it (I4): the log, its keys,
+    its payloads and its index, and those of their files that are not there yet.
 
     All by their real paths. A log that is reached by a link has its key beside the link.
     """
@@ -45,6 +63,7 @@ def files_of(directory: Path) -> tuple[str, ...]:
     key, index = key_path(named), index_path(named)
     beside = {named, key, _successor(key), _next_old(key), *named.parent.glob(f"{glob.escape(key.name)}.*")}
     beside |= {index.with_name(f"{index.name}{end}") for end in ("", "-journal", "-wal", "-shm")}
+    beside |= {payloads_path(named), payload_key_path(named)}
     return tuple(sorted({os.path.realpath(path) for path in beside}))
 
 
@@ -94,6 +113,19 @@ def rotate_key(directory: Path) -> KeyFile:
             log.rotate(new)
         _put_in_place(path)
     return new
+
+
+def erase_payloads(directory: Path, erased: Sequence[PayloadErased]) -> None:
+    """Erases payloads of a log; for each the log says first, and durably, by whom and why.
+
+    Raises as :func:`open_log`, and PayloadMissing or PayloadError for the first that cannot be erased.
+    """
+    directory = Path(os.path.abspath(directory))
+    payloads = open_payloads(directory)
+    if erased:
+        with open_log(directory) as log:
+            for event in erased:
+                payloads.erase(event.digest, partial(_tell, log, event))
 
 
 def _successor(path: Path) -> Path:

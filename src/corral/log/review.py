@@ -19,7 +19,7 @@ from ipaddress import ip_address
 from corral.actions import Decision, Endpoint, Flow, Kind, Program, Request, Transport, Verdict
 from corral.errors import RequestError
 from corral.log.digest import AgentSummary, Denial, Digest, Miss, NearMiss, Novelty, Outlier, Trouble
-from corral.log.events import KeyRotated, LogRecovered, PayloadErased
+from corral.log.events import KeyRotated, LogRecovered, PayloadErased, PayloadLost
 from corral.log.frequent import Frequent
 from corral.log.items import shown_line
 from corral.log.narration import MICROSECONDS, item_of
@@ -136,7 +136,7 @@ class _Reviewer:
         self._before += is_before
         self._records += not is_before
         event = record.event
-        if isinstance(event, LogRecovered | KeyRotated | PayloadErased) and not is_before:
+        if isinstance(event, LogRecovered | KeyRotated | PayloadErased | PayloadLost) and not is_before:
             self._trouble(number, at, item_of(number, record, 0.0).line)
         if not record.context.session:  # of the log itself
             return

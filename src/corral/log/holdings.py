@@ -1,0 +1,58 @@
+"""Whether the payloads that a log names are there and are what it says, and are gone where they were erased."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from corral.log.events import PayloadErased, PayloadKept
+from corral.log.payloads import PayloadError, PayloadMissing, Payloads
+from corral.log.records import decode
+
+MAX_HOLDINGS = 1_000_000
+_WORDS = (b'"event":"log.payload_kept"', b'"event":"log.payload_erased"')
+"""A quotation mark within a text is escaped in JSON, so no text of an agent can look like them."""
+
+
+class Holdings:
+    """Follows the payloads of a log, read from its beginning. A ``verify.Look``, with another one in front of it."""
+
+    def __init__(self, look: Callable[[int, bytes], str]) -> None:
+        self._look = look
+        self._kept: dict[str, int] = {}
+        self._erased: set[str] = set()
+
+    def __call__(self, number: int, entry: bytes) -> str:
+        """What is wrong with entry ``number``, or nothing."""
+        problem = self._look(number, entry)
+        if problem or not any(word in entry for word in _WORDS):
+            return problem
+        try:
+            event = decode(entry).event
+        except (ValueError, RecursionError):
+            return "it is no record"
+        if isinstance(event, PayloadKept):
+            if len(self._kept) >= MAX_HOLDINGS:
+                return f"there are more than {MAX_HOLDINGS} payloads"
+            self._kept[event.digest] = number
+        elif isinstance(event, PayloadErased):
+            self._erased.add(event.digest)
+        return ""
+
+    @property
+    def count(self) -> int:
+        """How many there should be."""
+        return len(self._kept.keys() - self._erased)
+
+    def faults(self, payloads: Payloads) -> Iterator[tuple[int, str]]:
+        """What is wrong with them, each with the number of the record that names it."""
+        for digest, number in self._kept.items():
+            try:
+                payloads.check(digest)
+            except PayloadMissing:
+                if digest not in self._erased:
+                    yield number, f"the content {digest} is missing, and nobody has erased it"
+            except PayloadError as error:
+                yield number, str(error)
+            else:
+                if digest in self._erased:
+                    yield number, f"the content {digest} is there although it was erased; erase it again"
