@@ -38,6 +38,9 @@ class _Attached:
 
     # ---- Commander ----
 
+    def written(self, data: bytes, stream: str) -> None:
+        """The process that holds the sandbox records it, and does not see this."""
+
     def start(self, stdio: tuple[int, int, int], terminal: bool) -> None:
         request = {
             "verb": "exec",

@@ -16,6 +16,7 @@ import threading
 import tty
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol
 
 from corral.sandbox.denials import printable as printable
@@ -43,6 +44,9 @@ class Commander(Protocol):
 
     def end(self, reason: str) -> None:
         """Ends it by force."""
+
+    def written(self, data: bytes, stream: str) -> None:
+        """Is told what it writes, on its terminal or to one of its streams. From any thread."""
 
 
 def _wait(fd: int, event: int) -> None:
@@ -75,9 +79,17 @@ def _write(target: int, data: bytes) -> bool:
     return True
 
 
-def _carry(source: int, target: int, close_source: bool, close_target: bool, broken: Callable[[], None]) -> None:
+def _carry(
+    source: int,
+    target: int,
+    close_source: bool,
+    close_target: bool,
+    broken: Callable[[], None],
+    seen: Callable[[bytes], None],
+) -> None:
     """Copies until the end of ``source``, or until nobody reads ``target`` any more, which ``broken`` is told."""
     while data := _read(source):
+        seen(data)
         if not _write(target, data):
             broken()
             break
@@ -137,8 +149,9 @@ class Foreground:
         close_target: bool = False,
         waited_for: bool = True,
         broken: Callable[[], None] = lambda: None,
+        seen: Callable[[bytes], None] = lambda data: None,
     ) -> None:
-        arguments = (source, target, close_source, close_target, broken)
+        arguments = (source, target, close_source, close_target, broken, seen)
         thread = threading.Thread(target=_carry, args=arguments, daemon=True)
         if waited_for:
             self._threads.append(thread)
@@ -154,11 +167,11 @@ class Foreground:
                 os.close(fd)
         self._thread(0, inputs[1], close_target=True, waited_for=False)
         # Closing the source is how a command learns that nobody reads: SIGPIPE, as in any pipeline.
-        self._thread(outputs[0], 1, close_source=True)
-        self._thread(errors[0], 2, close_source=True)
+        self._thread(outputs[0], 1, close_source=True, seen=partial(self._commander.written, stream="stdout"))
+        self._thread(errors[0], 2, close_source=True, seen=partial(self._commander.written, stream="stderr"))
 
     def _start_on_terminal(self, root_fd: int, uid: int) -> None:
-        self._terminal = open_terminal(root_fd, uid, *_size())
+        self._terminal = open_terminal(root_fd, uid, *terminal_size())
         os.set_blocking(self._terminal.master, True)
         slave = self._terminal.take_slave()
         if os.isatty(0):
@@ -173,7 +186,8 @@ class Foreground:
         self._raw()
         self._thread(0, self._terminal.master, waited_for=False)
         # A terminal that nobody looks at hangs up; by a signal, because the number of a closed master may be reused.
-        self._thread(self._terminal.master, 1, broken=lambda: os.kill(os.getpid(), signal.SIGHUP))
+        hang_up = partial(os.kill, os.getpid(), signal.SIGHUP)
+        self._thread(self._terminal.master, 1, broken=hang_up, seen=partial(self._commander.written, stream="stdout"))
 
     # ---- meanwhile ----
 
@@ -191,7 +205,7 @@ class Foreground:
     def _resize(self, *_: object) -> None:
         if self._terminal:
             with suppress(OSError):
-                self._terminal.resize(*_size())
+                self._terminal.resize(*terminal_size())
 
     def stopped(self, _number: int) -> None:
         """The command was stopped (Ctrl-Z): stop with it, like any job, and go on with it."""
@@ -217,7 +231,8 @@ class Foreground:
         self._cooked()
 
 
-def _size() -> tuple[int, int]:
+def terminal_size() -> tuple[int, int]:
+    """Rows and columns of the caller's terminal."""
     for fd in (0, 1, 2):
         with suppress(OSError):
             size = os.get_terminal_size(fd)

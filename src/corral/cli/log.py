@@ -10,9 +10,10 @@ from pathlib import Path
 from corral.cli.foreground import complain, printable
 from corral.errors import RequestError
 from corral.log.gaps import Gaps
+from corral.log.holdings import Holdings
 from corral.log.merkle import ProofError
 from corral.log.note import KeyFile, KeyType, NoteError, Verifier, parse_verifier
-from corral.log.places import rotate_key
+from corral.log.places import open_payloads, payloads_path, rotate_key
 from corral.log.proof import MAX_PROOF_FILE, check_proof, make_proof, parse_proof
 from corral.log.signing import CHECKPOINT, read_keys
 from corral.log.verify import Report, verify_between, verify_log
@@ -70,9 +71,9 @@ def verify(
     kept = [_content(path) for path in earlier]
     known = [parse_verifier(each) for each in witnesses]
     trusted = trusted_keys(directory, keys)
-    gaps = Gaps()
+    look = Holdings(Gaps())
     if as_json or not sys.stderr.isatty():
-        report = verify_log(directory, trusted, witnesses=known, quorum=quorum, earlier=kept, look=gaps)
+        report = verify_log(directory, trusted, witnesses=known, quorum=quorum, earlier=kept, look=look)
     else:
         from rich.console import Console
         from rich.progress import Progress
@@ -85,9 +86,14 @@ def verify(
                 witnesses=known,
                 quorum=quorum,
                 earlier=kept,
-                look=gaps,
+                look=look,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
+    if look.count and not payloads_path(directory).is_dir():
+        complain(f"{look.count} contents were kept beside this log; they are not here, and not verified")
+    else:
+        for number, problem in look.faults(open_payloads(directory)):
+            report.add("payloads", f"entry {number}", problem)
     return _print_report(report, as_json=as_json)
 
 

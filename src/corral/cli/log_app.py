@@ -96,6 +96,49 @@ def _check(
     sys.exit(check(proof, key=key, entry=entry, witnesses=witness or (), quorum=quorum, as_json=as_json))
 
 
+@log_commands.command("content")
+@guarded
+def _content(
+    digest: Annotated[
+        str | None, typer.Argument(metavar="[DIGEST]", help="As the record says it [default: list them].")
+    ] = None,
+    log: _Log = None,
+    as_json: Json = False,
+) -> None:
+    """Print what is kept beside the log, such as what a command wrote.
+
+    It is written as it is, but to a terminal. What commands write is an asciicast: `corral log content DIGEST >F`, then
+    `asciinema play F`."""
+    from corral.cli.contents import show
+
+    show(digest, log, as_json=as_json)
+
+
+@log_commands.command("erase")
+@guarded
+def _erase(
+    why: Annotated[str, typer.Option("--why", metavar="TEXT", help="Why; it is recorded.")],
+    digests: Annotated[list[str] | None, typer.Argument(metavar="[DIGEST]...")] = None,
+    expired: Annotated[bool, typer.Option("--expired", help="All that has been kept as long as it was to be.")] = False,
+    by: Annotated[str | None, typer.Option("--by", metavar="NAME", help="Who [default: this user].")] = None,
+    log: _Log = None,
+    as_json: Json = False,
+) -> None:
+    """Erase content that is kept beside the log, with its salt. The log says so, and still verifies."""
+    from corral.cli.contents import erase
+
+    erase(digests or (), log, expired=expired, why=why, by=by, as_json=as_json)
+
+
+@log_commands.command("encrypt")
+@guarded
+def _encrypt(log: _Log = None) -> None:
+    """Have all content encrypted that is kept from now on."""
+    from corral.cli.contents import encrypt
+
+    encrypt(log)
+
+
 @log_commands.command("keys")
 @guarded
 def _keys(log: _Log = None, as_json: Json = False) -> None:

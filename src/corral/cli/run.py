@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from corral.cli.foreground import Foreground, complain
+from corral.cli.foreground import Foreground, complain, terminal_size
 from corral.cli.options import Arguments
 from corral.errors import CorralError, ExecError, RequestError, SandboxClosed
 from corral.policy.model import ANY_NAME, Environment, NetworkRule, Policy
@@ -30,6 +30,7 @@ from corral.sandbox.prepare import prepare
 from corral.sandbox.view import is_touched
 
 if TYPE_CHECKING:
+    from corral.log.asciicast import Tape
     from corral.log.writer import Log
     from corral.monitor.records import Sink
     from corral.sandbox.inward import Forward
@@ -141,6 +142,7 @@ class _Run:
         self._exit: Exit | None = None
         self._error: CorralError | None = None
         self._log: Log | None = None
+        self._tape: Tape | None = None
         self._started = time.time()
 
     @property
@@ -155,6 +157,11 @@ class _Run:
         self._number = self.core.exec(
             self._arguments.command, stdio, self._ended, terminal=terminal, on_stop=self._foreground.stopped
         )
+        self._tape = self.core.tape(self._number, self._arguments.command, terminal_size() if terminal else None)
+
+    def written(self, data: bytes, stream: str) -> None:
+        if self._tape is not None:
+            self._tape.write(data, stream)
 
     def signal(self, number: int) -> None:
         self.core.signal(self._number, number)
@@ -242,6 +249,10 @@ class _Run:
     def _close_log(self) -> None:
         """What is recorded is signed for when this returns; if it cannot be, that is what the caller must know."""
         if self._log is not None:
+            if self._tape is not None:
+                self._tape.close()
+            if self._core is not None:
+                self._core.close_chronicle()
             try:
                 self._log.close()
             except CorralError as error:

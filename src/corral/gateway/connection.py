@@ -326,12 +326,12 @@ class Connection:
         if self.found is None:
             self.refuse("gateway.rule", "What is spoken is not known.")
             return
-        first, self._first = self._first, b""
-        limits = self.terms.limits
+        first, limits = self._first, self.terms.limits
         up, down, problem = looks_for(self.found, first, self.terms.permit, self._has_certificate)
         if problem:
             self.refuse(f"gateway.{self.endpoint.protocol}", f"The connection is refused: {problem}.")
             return
+        self._first = b""
         self.stage = Stage.RELAYING
         self._relay = Relay(
             self.egress.loop,
@@ -379,6 +379,10 @@ class Connection:
     def _end_refused(self, reason: str, advice: str = "", *, rule: str = "", status: int = 403) -> None:
         """Tells the client in its own words, and ends."""
         self._close_reason = f"refused by {rule}" if rule else reason
+        if rule and self._first:
+            origin = self.egress.nobody if self.attempt is None else self.attempt.decision.action.origin
+            for glance in self.egress.setting.glances:
+                glance.refused(origin, self.endpoint, self._first)
         found = self.found
         if found is not None and found.protocol in (Protocol.HTTP, Protocol.CONNECT):
             farewell = refusal.answer(status, reason, advice)

@@ -21,7 +21,7 @@ from corral.gateway.sockets import Place
 from corral.gateway.tunnelling import Tunnelling
 from corral.guarded import Guarded
 from corral.monitor.core import Monitor
-from corral.monitor.records import Account, unwritable
+from corral.monitor.records import Account, Glance, unwritable
 from corral.policy.model import Credential, Policy
 from corral.policy.names import address_of
 
@@ -57,6 +57,7 @@ class Setting:
     settle: Callable[[Callable[[], None]], None]
     """Calls back once the supervisor has done what it does now. From any thread."""
     accounts: Sequence[Account] = ()
+    glances: Sequence[Glance] = ()
     authority: Authority | None = None
     secrets: Mapping[Credential, Secret] = field(default_factory=dict)
     """What is put into requests."""

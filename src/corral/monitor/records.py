@@ -14,7 +14,7 @@ from dataclasses import replace
 from sys import getsizeof
 from typing import Protocol, runtime_checkable
 
-from corral.actions import Action, Decision, File, Flow, Kind, Program, Request, Verdict
+from corral.actions import Action, Decision, Endpoint, File, Flow, Kind, Origin, Program, Request, Verdict
 from corral.errors import CorralError
 
 BURST = 16
@@ -52,6 +52,13 @@ class Account(Protocol):
 
     def flow(self, flow: Flow) -> None:
         """Returns when the account is safe. Raises where it cannot be; the sandbox then ends."""
+
+
+class Glance(Protocol):
+    """Takes the first bytes of connections that were refused."""
+
+    def refused(self, origin: Origin, endpoint: Endpoint, first: bytes) -> None:
+        """Never waits, and never raises."""
 
 
 def unwritable(error: Exception) -> str:

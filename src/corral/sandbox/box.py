@@ -38,9 +38,23 @@ from corral.sandbox.stats import read_stats
 from corral.sandbox.streams import Collector, Feeder, make_pipe
 
 if TYPE_CHECKING:
+    from corral.log.asciicast import Tape
     from corral.log.writer import Log
 
 T = TypeVar("T")
+
+
+def _both(told: Callable[[bytes], None] | None, tape: Tape | None, stream: str) -> Callable[[bytes], None] | None:
+    """Tells whoever wants to know of output, and what records it."""
+    if tape is None:
+        return told
+
+    def both(data: bytes) -> None:
+        tape.write(data, stream)
+        if told is not None:
+            told(data)
+
+    return both
 
 
 class Sandbox:
@@ -130,6 +144,7 @@ class Sandbox:
             process.release()
         self._processes.clear()
         registry.unregister(core)
+        await asyncio.to_thread(core.close_chronicle)
         try:
             if self._keep:
                 self.kept = await asyncio.to_thread(keep, core.prepared, core.layer_fd)
@@ -219,9 +234,10 @@ class Sandbox:
         finally:
             for fd in (in_reader, out_writer, err_writer):
                 os.close(fd)
+        tape = core.tape(number, argv)
         feeder = Feeder(loop, in_writer, stdin)
-        out = Collector(loop, out_reader, limit, on_stdout)
-        err = Collector(loop, err_reader, limit, on_stderr)
+        out = Collector(loop, out_reader, limit, _both(on_stdout, tape, "stdout"))
+        err = Collector(loop, err_reader, limit, _both(on_stderr, tape, "stderr"))
         timed_out = False
         try:
             if timeout is None:
@@ -240,6 +256,8 @@ class Sandbox:
             feeder.close()
             out.finish()
             err.finish()
+            if tape is not None:
+                tape.close()
         if result.error:
             raise result.error
         status = result.status

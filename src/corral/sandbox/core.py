@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from corral.errors import CorralError, ExecError, RequestError, SandboxClosed, WallError
-from corral.monitor.records import Sink, unwritable
+from corral.monitor.records import Glance, Sink, unwritable
 from corral.reactor import Reactor, Timer
 from corral.sandbox import channel
 from corral.sandbox.cgroups import Controller
@@ -33,6 +33,9 @@ from corral.sandbox.limits import Accountant, Rlimits, exec_limits
 from corral.sandbox.notices import Notices
 from corral.sandbox.prepare import Prepared
 from corral.sandbox.view import HOME
+
+if TYPE_CHECKING:
+    from corral.log.asciicast import Tape
 
 START_TIMEOUT = 30.0
 _REMOVAL_TRIES = 40
@@ -96,14 +99,27 @@ class Chronicle(Protocol):
 
     def ended(self, reason: str) -> None: ...
 
+    def tape(self, number: int, argv: Sequence[str], size: tuple[int, int] | None) -> Tape | None:
+        """What takes the output of a command, where it is to be kept; whoever reads it writes it there too."""
+
+    def close(self) -> None:
+        """Returns when all that is kept is durable: nothing is written to tapes any more."""
+
 
 class Core:
     """A sandbox from launch to end."""
 
     def __init__(
-        self, prepared: Prepared, reactor: Reactor, sinks: Sequence[Sink] = (), chronicle: Chronicle | None = None
+        self,
+        prepared: Prepared,
+        reactor: Reactor,
+        sinks: Sequence[Sink] = (),
+        chronicle: Chronicle | None = None,
+        *,
+        glances: Sequence[Glance] = (),
     ) -> None:
-        """``sinks`` are told of every decision, beside those of the sandbox itself."""
+        """``sinks`` are told of every decision, beside those of the sandbox itself; ``glances`` of what the gateway
+        refused."""
         self.prepared = prepared
         self._chronicle = chronicle
         self.state = State.LAUNCHING
@@ -135,7 +151,9 @@ class Core:
         # Not before the launcher is at work: until the walls stand there is time to load it.
         from corral.sandbox.supervision import Supervision
 
-        self.supervision = Supervision(prepared, self.keeper, (self.notices, *sinks), self.kill, self._stand_still)
+        self.supervision = Supervision(
+            prepared, self.keeper, (self.notices, *sinks), self.kill, self._stand_still, glances
+        )
         self._reactor.add_reader(self._control.fileno(), self._receive)
 
     # ---- life ----
@@ -221,7 +239,7 @@ class Core:
             self.notices.take(number)
             if isinstance(error, BlockingIOError):
                 raise RequestError("too many commands are being started at once; try again") from None
-            raise SandboxClosed(self.end_reason or "it is ending") from None
+            raise SandboxClosed(self.end_reason or self._killed_because or "it is ending") from None
         finally:
             os.close(memfd)
         return number
@@ -235,6 +253,15 @@ class Core:
                 self.kill(unwritable(error))
                 return False
         return True
+
+    def tape(self, number: int, argv: Sequence[str], size: tuple[int, int] | None = None) -> Tape | None:
+        """What is to be given all output of an exec, where it is kept. ``size``: of its terminal, rows and columns."""
+        return None if self._chronicle is None else self._chronicle.tape(number, argv, size)
+
+    def close_chronicle(self) -> None:
+        """Waits until what is kept of its execs is durable. For when they and their tapes are over."""
+        if self._chronicle is not None:
+            self._chronicle.close()
 
     def environment(self, user: int | None = None) -> dict[str, str]:
         """The variables of a command that ``user`` runs."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from corral.gateway.credentials import Secret
     from corral.gateway.egress import Egress
     from corral.monitor.core import Monitor
-    from corral.monitor.records import Account
+    from corral.monitor.records import Account, Glance
     from corral.sandbox.prepare import Prepared
 
 
@@ -64,6 +64,7 @@ def open_egress(
     end: Callable[[str], None],
     settle: Callable[[Callable[[], None]], None],
     accounts: Sequence[Account],
+    glances: Sequence[Glance],
 ) -> Egress:
     """Opens the way out. ``doors`` are what READY has handed out for it: TCP of both families, then DNS of both; they
     are taken over."""
@@ -81,6 +82,7 @@ def open_egress(
             end=end,
             settle=settle,
             accounts=tuple(accounts),
+            glances=tuple(glances),
             authority=prepared.outlet.authority,
             secrets=prepared.outlet.secrets,
         )

@@ -6,6 +6,8 @@ import asyncio
 import errno
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 from corral.errors import RequestError
 from corral.sandbox.core import Core, Exit
@@ -13,6 +15,9 @@ from corral.sandbox.denials import stderr_line
 from corral.sandbox.limits import Rlimits
 from corral.sandbox.streams import CHUNK, make_pipe
 from corral.sandbox.terminal import Terminal, open_terminal
+
+if TYPE_CHECKING:
+    from corral.log.asciicast import Tape
 
 
 class _Output(asyncio.StreamReaderProtocol):
@@ -22,8 +27,16 @@ class _Output(asyncio.StreamReaderProtocol):
     command wrote, and is known only when the command has ended.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, on_end: Callable[[], None], *, last_line: bool) -> None:
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        on_end: Callable[[], None],
+        *,
+        last_line: bool,
+        on_data: Callable[[bytes], None] | None = None,
+    ) -> None:
         super().__init__(reader)
+        self._on_data = on_data
         self._reader = reader
         self._on_end = on_end
         self._line: Callable[[bytes], bytes] | None = None if last_line else lambda _: b""
@@ -32,6 +45,8 @@ class _Output(asyncio.StreamReaderProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._last = data[-1:]
+        if self._on_data is not None:
+            self._on_data(data)
         super().data_received(data)
 
     def eof_received(self) -> bool:
@@ -78,6 +93,7 @@ class Process:
         self._open_outputs = 0
         self.terminal: Terminal | None = None
         """Its terminal, if it was given one."""
+        self._tape: Tape | None = None
 
     async def start(
         self,
@@ -118,6 +134,7 @@ class Process:
                 terminal=terminal is not None,
                 limits=limits,
             )
+            self._tape = self._core.tape(self._number, argv, terminal)
             for name in ("stdout", "stderr")[: len(outside)]:
                 await self._connect(name, outside.pop(0))
         except BaseException:
@@ -190,6 +207,11 @@ class Process:
         self._close_input()
         for transport in self._transports:
             transport.close()
+        self._close_tape()
+
+    def _close_tape(self) -> None:
+        if self._tape is not None:
+            self._tape.close()
 
     def _close_input(self) -> None:
         self.close_stdin()
@@ -214,11 +236,17 @@ class Process:
 
     def _check_gone(self) -> None:
         if self._open_outputs == 0 and self._exit.done():
+            self._close_tape()
             self._on_gone(self)
 
     async def _connect(self, name: str, fd: int) -> None:
         reader = asyncio.StreamReader(limit=CHUNK)
-        protocol = _Output(reader, self._output_ended, last_line=self.terminal is not None or name == "stderr")
+        protocol = _Output(
+            reader,
+            self._output_ended,
+            last_line=self.terminal is not None or name == "stderr",
+            on_data=None if self._tape is None else partial(self._tape.write, stream=name),
+        )
         self._protocols.append(protocol)
         self._open_outputs += 1
         pipe = os.fdopen(fd, "rb", buffering=0)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from corral.actions import Origin
+from corral.log.asciicast import Tape
 from corral.log.events import ExecEnded, ExecStarted, SessionEnded, SessionStarted
 from corral.log.ocsf import Context
+from corral.log.places import open_payloads
 from corral.log.sink import SessionLog
 from corral.log.writer import Log
 from corral.monitor.records import Sink
 from corral.policy.canonical import canonical_form, policy_hash
 from corral.reactor import Reactor
+from corral.sandbox.contents import Contents
 from corral.sandbox.core import Core, Exit
 from corral.sandbox.prepare import Prepared
 from corral.version import VERSION
 
 _MICRO = 1_000_000
+MAX_TITLE = 200
+"""Characters of a command that name what it has written."""
 
 
 def recorded(log: Log, prepared: Prepared, reactor: Reactor, sinks: Sequence[Sink] = ()) -> Core:
@@ -25,8 +31,15 @@ def recorded(log: Log, prepared: Prepared, reactor: Reactor, sinks: Sequence[Sin
     except BaseException:
         prepared.identity.release()
         raise
-    core = Core(prepared, reactor, (*sinks, recorder.session), recorder)
+    contents = () if recorder.contents is None else (recorder.contents,)
+    try:
+        core = Core(prepared, reactor, (*sinks, recorder.session), recorder, glances=contents)
+    except BaseException:
+        recorder.close()
+        raise
     recorder.session.when_failed(core.kill)
+    for each in contents:
+        each.when_failed(core.kill)
     return core
 
 
@@ -46,10 +59,15 @@ class Recorder:
             sandbox=prepared.id,
             product_version=VERSION,
         )
+        self.contents: Contents | None = None
+        """What is kept beside the records."""
+        payloads = open_payloads(log.directory) if policy.log.keep else None
         self.session = SessionLog(log, context, unawaited=frozenset(policy.log.asynchronous))
         """The sink for the monitor."""
         form = canonical_form(policy).decode()
         self.session.record(SessionStarted(prepared.directory, options.label, form))
+        if payloads is not None:
+            self.contents = Contents(self.session, payloads, policy.log, Origin(prepared.id, prepared.id))
 
     def exec_started(self, number: int, argv: Sequence[str], directory: str, user: int) -> None:
         self.session.record(ExecStarted(number, tuple(argv), directory, user))
@@ -67,6 +85,13 @@ class Recorder:
                 sum(denial.count for denial in result.denials) + result.denials_dropped,
             )
         )
+
+    def tape(self, number: int, argv: Sequence[str], size: tuple[int, int] | None) -> Tape | None:
+        return None if self.contents is None else self.contents.tape(number, " ".join(argv)[:MAX_TITLE], size)
+
+    def close(self) -> None:
+        if self.contents is not None:
+            self.contents.close()
 
     def ended(self, reason: str) -> None:
         self.session.record(SessionEnded(reason))

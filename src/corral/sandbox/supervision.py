@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from corral.approvals.queue import Queue
 from corral.monitor.core import Monitor
-from corral.monitor.records import Account, Aggregator, Ledger, Recent, Several, Sink, unwritable
+from corral.monitor.records import Account, Aggregator, Glance, Ledger, Recent, Several, Sink, unwritable
 from corral.policy.model import Processes
 from corral.policy.part import PolicyPart
 from corral.sandbox.prepare import Prepared
@@ -32,6 +32,7 @@ class Supervision:
         sinks: Sequence[Sink],
         end: Callable[[str], None],
         hold: Callable[[bool], None],
+        glances: Sequence[Glance] = (),
     ) -> None:
         policy = prepared.options.policy
         self.recent = Recent()
@@ -53,6 +54,7 @@ class Supervision:
         self.egress: Egress | None = None
         """The way out, where there is one."""
         self._accounts = tuple(sink for sink in sinks if isinstance(sink, Account))
+        self._glances = tuple(glances)
 
     def start(self, listener: int, deputy: int, root: int, doors: tuple[int, ...] = ()) -> None:
         """From here on the sandbox's notified calls are answered, and what it sends is taken in at ``doors``; takes the
@@ -63,7 +65,13 @@ class Supervision:
             from corral.sandbox.outlet import open_egress  # only a policy that names destinations has one
 
             self.egress = open_egress(
-                self._prepared, self._monitor, doors, end=self._end, settle=self._settle, accounts=self._accounts
+                self._prepared,
+                self._monitor,
+                doors,
+                end=self._end,
+                settle=self._settle,
+                accounts=self._accounts,
+                glances=self._glances,
             )
         self._supervised = service.Supervised(
             sandbox=self._prepared.id,

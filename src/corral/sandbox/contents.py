@@ -1,0 +1,123 @@
+"""What is kept of a session beside its records, where its policy says so (``log.keep``).
+
+A thread of its own compresses and writes, since the disk may take its time. What commands write is never lost to that:
+who has more of it waits. First bytes of refused connections come as often as an agent likes, so they are bounded, and
+what is beyond is counted.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from corral.actions import Content, Endpoint, Origin
+from corral.errors import CorralError
+from corral.log.asciicast import COLUMNS, ROWS, Tape
+from corral.log.events import PayloadKept, PayloadLost
+from corral.log.payloads import Payloads
+from corral.log.sink import SessionLog
+from corral.monitor.records import unwritable
+from corral.policy.model import Log
+
+MAX_REFUSED = 256
+"""Refused connections of one session whose first bytes are kept."""
+_WAITING = 16
+"""Contents that wait for the disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    origin: Origin
+    content: Content
+    data: bytes
+    is_whole: bool
+    about: str
+
+
+class Contents:
+    """Keeps them for one session."""
+
+    def __init__(self, session: SessionLog, payloads: Payloads, policy: Log, origin: Origin) -> None:
+        """``origin`` is the session's. Call :meth:`close` when all is over."""
+        self._session, self._payloads, self._policy, self._origin = session, payloads, policy, origin
+        self._keep = dict(policy.keep)
+        self._end: Callable[[str], None] = lambda reason: None
+        self._waiting: queue.Queue[_Piece | None] = queue.Queue(_WAITING)
+        self._lock = threading.Lock()
+        self._refused = self._lost = 0
+        self._thread = threading.Thread(target=self._run, name="corral-contents", daemon=True)
+        self._thread.start()
+
+    def when_failed(self, end: Callable[[str], None]) -> None:
+        """Has ``end`` called, with the reason, where something cannot be kept."""
+        self._end = end
+
+    def tape(self, number: int, title: str, size: tuple[int, int] | None) -> Tape | None:
+        """Records what exec ``number`` writes, until it is closed; None where that is not wanted."""
+        if Content.TERMINAL not in self._keep:
+            return None
+        origin = Origin(self._origin.sandbox, self._origin.session, number, number)
+
+        def done(data: bytes, is_whole: bool) -> None:
+            self._waiting.put(_Piece(origin, Content.TERMINAL, data, is_whole, title))
+
+        return Tape(title, self._policy.keep_bytes, done, size=size or (ROWS, COLUMNS))
+
+    def refused(self, origin: Origin, endpoint: Endpoint, first: bytes) -> None:
+        """As :class:`corral.monitor.records.Glance`."""
+        if Content.REFUSED_FLOW not in self._keep:
+            return
+        data = first[: self._policy.keep_bytes]
+        about = f"{endpoint.name or endpoint.address} port {endpoint.port}"
+        with self._lock:
+            if self._refused < MAX_REFUSED:
+                try:
+                    self._waiting.put_nowait(_Piece(origin, Content.REFUSED_FLOW, data, len(data) == len(first), about))
+                except queue.Full:
+                    pass
+                else:
+                    self._refused += 1
+                    return
+            self._lost += 1
+
+    def close(self) -> None:
+        """Returns when all is kept, and what was lost is recorded. May be called again."""
+        if self._thread.is_alive():
+            self._waiting.put(None)
+            self._thread.join()
+
+    # ---- its own thread ----
+
+    def _run(self) -> None:
+        while (piece := self._waiting.get()) is not None:
+            try:
+                self._write(piece)
+            except Exception as error:
+                self._fail(piece, error)
+        with self._lock:
+            lost = self._lost
+        if lost:
+            why = f"more than {MAX_REFUSED} connections of this session were refused, or many at once"
+            self._record(PayloadLost(Content.REFUSED_FLOW, lost, why))
+
+    def _write(self, piece: _Piece) -> None:
+        expires = int(time.time() + self._keep[piece.content])
+        digest = self._payloads.keep(piece.content, piece.data, expires=expires)
+        self._session.record(
+            PayloadKept(piece.origin, piece.content, digest, len(piece.data), piece.is_whole, piece.about, expires)
+        )
+
+    def _fail(self, piece: _Piece, error: Exception) -> None:
+        # Only our own words are told: others may hold a secret.
+        why = str(error) if isinstance(error, CorralError) else type(error).__name__
+        self._end(f"what its policy wants kept cannot be kept ({why})")
+        self._record(PayloadLost(piece.content, 1, why))
+
+    def _record(self, event: PayloadLost) -> None:
+        try:
+            self._session.record(event)
+        except Exception as error:
+            self._end(unwritable(error))

@@ -1,0 +1,238 @@
+"""What a policy wants kept beside the log: what commands write, and how refused connections began."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from corral.actions import Content
+from corral.errors import SandboxClosed
+from corral.log.events import PayloadKept, PayloadLost, SessionStarted
+from corral.log.gaps import Gaps
+from corral.log.holdings import Holdings
+from corral.log.payloads import PayloadError, Payloads
+from corral.log.places import open_log, open_payloads, payloads_path
+from corral.log.signing import read_keys
+from corral.log.verify import verify_log
+from corral.log.writer import Log, LogUnwritable
+from corral.policy.load import parse_policy
+from corral.sandbox import contents
+from corral.sandbox.box import Sandbox
+from tests.contain.command_line import CommandLine, adopting_orphans
+from tests.contain.conftest import MakeBox
+from tests.contain.gateway_boxes import policy_of, python
+from tests.contain.logs import events
+from tests.internet.world import Internet
+
+KEEP = parse_policy("log: {keep: {terminal: 30d, refused_flow: 1h}, keep_bytes: 1MiB}\n", source="test.yaml")
+
+
+@pytest.fixture
+def cli(tmp_path: Path, workspace: Path) -> Iterator[CommandLine]:
+    with adopting_orphans():
+        yield CommandLine(tmp_path, workspace)
+
+
+@pytest.fixture
+async def log(tmp_path: Path) -> AsyncIterator[Log]:
+    opened = open_log(tmp_path / "records" / "log")
+    yield opened
+    with suppress(LogUnwritable):  # which is what a test wanted
+        await asyncio.to_thread(opened.close)
+
+
+async def ended(box: Sandbox, log: Log) -> None:
+    """Ends it, and has all signed for that was recorded."""
+    await box.close()
+    await asyncio.to_thread(log.seal)
+
+
+def text_of(place: Path, event: PayloadKept) -> str:
+    """What a command wrote, as its asciicast has it."""
+    header, *lines = [json.loads(line) for line in open_payloads(place).read(event.digest).splitlines()]
+    assert header["version"] == 2
+    return "".join(line[2] for line in lines)
+
+
+def is_whole(place: Path) -> bool:
+    look = Holdings(Gaps())
+    return verify_log(place, read_keys(place), look=look).valid and not list(look.faults(open_payloads(place)))
+
+
+def written(tmp_path: Path) -> str:
+    policy = tmp_path / "keep.yaml"
+    policy.write_text("log: {keep: {terminal: 30d}}\n")
+    return str(policy)
+
+
+def test_what_a_command_writes_is_kept_whole(cli: CommandLine, tmp_path: Path) -> None:
+    """Also what it has written last: the sandbox may be gone before that is read."""
+    place = tmp_path / "records" / "log"
+    script = "echo out; echo err >&2; head -c 300000 /dev/zero | tr '\\0' x; printf end"
+    done = cli.run("--log", str(place), "--policy", written(tmp_path), "--", "sh", "-c", script)
+    assert done.returncode == 0
+    (kept,) = events(place, PayloadKept)
+    assert (kept.content, kept.is_whole, kept.origin.exec) == (Content.TERMINAL, True, 1)
+    text = text_of(place, kept)
+    assert len(text) == len(done.stdout) + len(done.stderr)
+    assert sorted(text) == sorted((done.stdout + done.stderr).decode())
+    assert text.endswith("end")
+    assert is_whole(place)
+
+
+def test_nothing_is_kept_that_the_policy_does_not_name(cli: CommandLine, tmp_path: Path) -> None:
+    place = tmp_path / "records" / "log"
+    assert cli.run("--log", str(place), "--", "echo", "out").returncode == 0
+    assert not events(place, PayloadKept)
+    assert not payloads_path(place).exists()
+
+
+def test_contents_are_absent_inside(cli: CommandLine, workspace: Path, tmp_path: Path) -> None:
+    """I4, where the log lies in the workspace itself."""
+    options = ("--log", str(workspace / "log"), "--policy", written(tmp_path), "--discard", "--")
+    assert cli.run(*options, "echo", "secret").returncode == 0
+    done = cli.run(*options, "sh", "-c", "ls -A log.payloads; cat log.payloads/*/*; rm -rf log.payloads; :")
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert len(events(workspace / "log", PayloadKept)) == 2  # what `rm` complained of, too
+    assert is_whole(workspace / "log")
+
+
+def test_an_operator_lists_reads_and_erases(cli: CommandLine, tmp_path: Path) -> None:
+    place = tmp_path / "records" / "log"
+    ran = cli.run("--log", str(place), "--policy", written(tmp_path), "--", "printf", r"\033[2Jhello")
+    assert ran.returncode == 0
+    listed = cli("log", "content", "--log", str(place), "--json")
+    (row,) = json.loads(listed.stdout)
+    digest = row["digest"]
+    assert row["content"] == "terminal"
+    shown = cli("log", "content", digest, "--log", str(place))
+    assert b'"o","\\u001b[2Jhello"]' in shown.stdout
+    assert b"\x1b" not in shown.stdout
+    refused = cli("log", "erase", digest, "--why", " ", "--log", str(place))
+    assert refused.returncode == 125
+    assert b"say why" in refused.stderr
+    assert cli("log", "erase", "--expired", "--why", "old", "--log", str(place)).stdout == b""
+    erased = cli("log", "erase", digest, "--why", "asked to", "--by", "anna", "--log", str(place))
+    assert erased.returncode == 0, erased.stderr
+    assert cli("log", "verify", "--log", str(place)).returncode == 0
+    assert b"erased by anna: asked to" in cli("log", "show", "--log", str(place)).stdout
+    again = cli("log", "content", digest, "--log", str(place))
+    assert again.returncode == 125
+    assert b"it is not there" in again.stderr
+
+
+def test_content_that_was_swapped_is_found_by_verifying(cli: CommandLine, tmp_path: Path) -> None:
+    place = tmp_path / "records" / "log"
+    for word in ("one", "two"):
+        assert cli.run("--log", str(place), "--policy", written(tmp_path), "--", "echo", word).returncode == 0
+    first, second = [path for path in payloads_path(place).rglob("*") if path.is_file()]
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    done = cli("log", "verify", "--log", str(place))
+    assert done.returncode == 1
+    assert done.stdout.count(b"its content is another") == 2
+    assert b"payloads" in done.stdout
+
+
+async def test_what_execs_and_processes_write_is_kept(make_box: MakeBox, log: Log) -> None:
+    box = await make_box(policy=KEEP, log=log)
+    assert (await box.exec(["sh", "-c", "echo captured; echo twice >&2"])).exit_code == 0
+    process = await box.start_process(["echo", "streamed"])
+    assert await process.stdout.read() == b"streamed\n"
+    await process.wait()
+    process = await box.start_process(["sh", "-c", "stty size"], terminal=(30, 100))
+    assert await process.stdout.read() == b"30 100\r\n"
+    await process.wait()
+    await ended(box, log)
+    kept = events(log.directory, PayloadKept)
+    assert [event.origin.exec for event in kept] == [1, 2, 3]
+    texts = [text_of(log.directory, event) for event in kept]
+    assert sorted(texts[0].split()) == ["captured", "twice"]
+    assert texts[1:] == ["streamed\n", "30 100\r\n"]
+    header = json.loads(open_payloads(log.directory).read(kept[2].digest).splitlines()[0])
+    assert (header["width"], header["height"]) == (100, 30)
+    assert is_whole(log.directory)
+
+
+async def test_what_is_too_long_is_cut_and_said_to_be(make_box: MakeBox, log: Log) -> None:
+    box = await make_box(policy=KEEP, log=log)
+    assert (await box.exec(["sh", "-c", "head -c 3000000 /dev/zero | tr '\\0' x"])).exit_code == 0
+    await ended(box, log)
+    (kept,) = events(log.directory, PayloadKept)
+    assert not kept.is_whole
+    assert 500_000 < kept.size <= 1 << 20
+    assert set(text_of(log.directory, kept)) == {"x"}
+
+
+async def test_a_store_that_cannot_be_written_ends_the_sandbox(
+    make_box: MakeBox, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a log that cannot be written does (I3)."""
+
+    def fails(*_: object, **__: object) -> str:
+        raise PayloadError("the disk is full")
+
+    monkeypatch.setattr(Payloads, "keep", fails)
+    box = await make_box(policy=KEEP, log=log)
+    await box.exec(["echo", "something"])
+    assert "cannot be kept (the disk is full)" in await asyncio.wait_for(box.wait_ended(), 60)
+    with pytest.raises(SandboxClosed):
+        await box.exec(["true"])
+    await ended(box, log)
+    assert [event.why for event in events(log.directory, PayloadLost)] == ["the disk is full"]
+
+
+def test_a_store_with_a_bad_key_begins_nothing(cli: CommandLine, tmp_path: Path) -> None:
+    place = tmp_path / "records" / "log"
+    assert cli.run("--log", str(place), "--", "true").returncode == 0
+    (tmp_path / "records" / "log.payloads.key").write_bytes(os.urandom(7))
+    (tmp_path / "records" / "log.payloads.key").chmod(0o600)
+    done = cli.run("--log", str(place), "--policy", written(tmp_path), "--", "touch", "ran")
+    assert done.returncode == 125
+    assert b"it is no key" in done.stderr
+    assert len(events(place, SessionStarted)) == 1
+
+
+SPEAK = """
+    import socket
+    with socket.create_connection(("web.test", 443), timeout=8) as s:
+        s.sendall(b"SSH-2.0-tunnel\\r\\n")
+        try:
+            print(s.recv(100))
+        except OSError:
+            pass
+"""
+
+
+async def test_how_a_refused_connection_began_is_kept(make_box: MakeBox, internet: Internet, log: Log) -> None:
+    rules = "allow: [{name: web.test, port: 443, protocol: tls}]"
+    policy = policy_of(rules)
+    box = await make_box(policy=policy.__class__(network=policy.network, log=KEEP.log), log=log)
+    await python(box, SPEAK)
+    await ended(box, log)
+    kept = [event for event in events(log.directory, PayloadKept) if event.content is Content.REFUSED_FLOW]
+    assert [event.about for event in kept] == ["web.test port 443"]
+    assert open_payloads(log.directory).read(kept[0].digest) == b"SSH-2.0-tunnel\r\n"
+    assert kept[0].origin.process is not None
+    assert is_whole(log.directory)
+
+
+async def test_a_flood_of_refused_connections_is_counted(
+    make_box: MakeBox, internet: Internet, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contents, "MAX_REFUSED", 2)
+    policy = policy_of("allow: [{name: web.test, port: 443, protocol: tls}]")
+    box = await make_box(policy=policy.__class__(network=policy.network, log=KEEP.log), log=log)
+    for _ in range(5):
+        await python(box, SPEAK)
+    await ended(box, log)
+    kept = [event for event in events(log.directory, PayloadKept) if event.content is Content.REFUSED_FLOW]
+    assert len(kept) == 2
+    assert [(event.content, event.count) for event in events(log.directory, PayloadLost)] == [(Content.REFUSED_FLOW, 3)]
