@@ -171,6 +171,22 @@ async def test_what_is_too_long_is_cut_and_said_to_be(make_box: MakeBox, log: Lo
     assert set(text_of(log.directory, kept)) == {"x"}
 
 
+async def test_a_command_that_still_runs_at_the_end_is_kept_as_cut(make_box: MakeBox, log: Log) -> None:
+    box = await make_box(policy=KEEP, log=log)
+    process = await box.start_process(["sh", "-c", "echo begun; sleep 600"])
+    assert await process.stdout.readline() == b"begun\n"
+    running = asyncio.ensure_future(box.exec(["sh", "-c", "echo captured; sleep 600"]))
+    assert (await box.exec(["true"])).exit_code == 0  # says nothing, and leaves nothing
+    while len((await box.exec(["pgrep", "sleep"])).text.split()) < 2:
+        await asyncio.sleep(0.05)
+    await ended(box, log)
+    with suppress(SandboxClosed):
+        await running
+    kept = {text_of(log.directory, event).strip() for event in events(log.directory, PayloadKept)}
+    assert {"begun", "captured"} <= kept
+    assert is_whole(log.directory)
+
+
 async def test_a_store_that_cannot_be_written_ends_the_sandbox(
     make_box: MakeBox, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:

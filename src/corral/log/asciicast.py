@@ -63,18 +63,20 @@ class Tape:
         self._lines.append(line)
         self._left -= len(line) + 1
 
-    def close(self) -> None:
-        """There is no more. May be called again."""
+    def close(self, *, is_whole: bool = True) -> None:
+        """There is no more, or, where it is not whole, no more is waited for. May be called again."""
         with self._lock:
             done, self._done = self._done, None
             if done is None:
                 return
+            self._is_whole &= is_whole
             if self._is_whole:
                 for decoder in self._decoders.values():
                     self._add(decoder.decode(b"", final=True))
             lines, self._lines = self._lines, []
-        if len(lines) > 1 or not self._is_whole:
-            done(b"\n".join(lines) + b"\n", self._is_whole)
+            # Under the lock: who closes it too must not go on before it is handed over.
+            if len(lines) > 1 or not self._is_whole:
+                done(b"\n".join(lines) + b"\n", self._is_whole)
 
 
 def _json(value: object) -> bytes:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakSet
 
 from corral.actions import Content, Endpoint, Origin
 from corral.errors import CorralError
@@ -48,6 +49,8 @@ class Contents:
         self._waiting: queue.Queue[_Piece | None] = queue.Queue(_WAITING)
         self._lock = threading.Lock()
         self._refused = self._lost = 0
+        self._tapes: WeakSet[Tape] = WeakSet()
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="corral-contents", daemon=True)
         self._thread.start()
 
@@ -64,7 +67,12 @@ class Contents:
         def done(data: bytes, is_whole: bool) -> None:
             self._waiting.put(_Piece(origin, Content.TERMINAL, data, is_whole, title))
 
-        return Tape(title, self._policy.keep_bytes, done, size=size or (ROWS, COLUMNS))
+        tape = Tape(title, self._policy.keep_bytes, done, size=size or (ROWS, COLUMNS))
+        with self._lock:
+            if self._closed:
+                return None
+            self._tapes.add(tape)
+        return tape
 
     def refused(self, origin: Origin, endpoint: Endpoint, first: bytes) -> None:
         """As :class:`corral.monitor.records.Glance`."""
@@ -73,7 +81,7 @@ class Contents:
         data = first[: self._policy.keep_bytes]
         about = f"{endpoint.name or endpoint.address} port {endpoint.port}"
         with self._lock:
-            if self._refused < MAX_REFUSED:
+            if self._refused < MAX_REFUSED and not self._closed:
                 try:
                     self._waiting.put_nowait(_Piece(origin, Content.REFUSED_FLOW, data, len(data) == len(first), about))
                 except queue.Full:
@@ -84,7 +92,13 @@ class Contents:
             self._lost += 1
 
     def close(self) -> None:
-        """Returns when all is kept, and what was lost is recorded. May be called again."""
+        """Returns when all is kept, and what was lost is recorded. May be called again.
+
+        What is still written is the end of nothing: such a tape is kept as one that is not whole."""
+        with self._lock:
+            self._closed = True
+        for tape in tuple(self._tapes):
+            tape.close(is_whole=False)
         if self._thread.is_alive():
             self._waiting.put(None)
             self._thread.join()
