@@ -65,10 +65,12 @@ def read_checkpoint(directory: Path, keys: tuple[Verifier, ...]) -> tuple[Checkp
     """
     found: list[tuple[Checkpoint, Note]] = []
     problem: NoteError | None = None
+    known: bytes | None = None
     for name in (CHECKPOINT, _COPY):
         try:
             content = _read(directory / name)
-            if content is not None:
+            if content is not None and content != known:
+                known = content
                 found.append(_opened(content, keys))
         except NoteError as error:
             problem = NoteError(f"{name}: {error}")
