@@ -127,6 +127,16 @@ def test_an_operator_lists_reads_and_erases(cli: CommandLine, tmp_path: Path) ->
     assert b"it is not there" in again.stderr
 
 
+def test_a_replay_shows_what_was_written_among_what_was_done(cli: CommandLine, tmp_path: Path) -> None:
+    place = tmp_path / "records" / "log"
+    script = "echo first; sleep 0.5; mount -t tmpfs x /mnt 2>/dev/null; sleep 0.5; echo last"
+    assert cli.run("--log", str(place), "--policy", written(tmp_path), "--", "sh", "-c", script).returncode == 0
+    shown = cli("replay", "--log", str(place)).stdout.decode()
+    assert shown.index("wrote: first") < shown.index("kernel.mount") < shown.index("wrote: last")
+    kinds = [json.loads(line)["kind"] for line in cli("replay", "--log", str(place), "--json").stdout.splitlines()]
+    assert kinds.count("terminal") == 2
+
+
 def test_content_that_was_swapped_is_found_by_verifying(cli: CommandLine, tmp_path: Path) -> None:
     place = tmp_path / "records" / "log"
     for word in ("one", "two"):

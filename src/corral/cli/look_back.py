@@ -13,10 +13,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from corral.cli.foreground import printable
+from corral.cli.foreground import complain, printable
 from corral.cli.log import directory_of
 from corral.errors import RequestError
-from corral.log.places import index_path
+from corral.log.places import index_path, open_payloads
 from corral.log.query import parse_filter, parse_time
 from corral.log.reader import Reader
 from corral.log.records import Record, Summary, decode, summary
@@ -107,6 +107,7 @@ def replay(
     as_json: bool,
 ) -> int:
     """Plays a session, writes it as a page, or says what another policy would have decided. Returns the exit code."""
+    from corral.log.terminal import WithTerminal
     from corral.log.timeline import Timeline
 
     reader = Reader(directory_of(log))
@@ -114,8 +115,13 @@ def replay(
     if policy is not None:
         return _what_if(reader, name, policy, as_json=as_json)
     line = Timeline(reader, name)
+    items = WithTerminal(line, open_payloads(reader.directory))
+    if items.unread:
+        complain(f"{items.unread} of this session's contents cannot be read here, or were erased")
+    if not items.is_whole:
+        complain("its commands wrote in too many pieces; not all are shown")
     if as_json:
-        for item in line:
+        for item in items:
             print(json.dumps(asdict(item), default=_word))
         return 0
     if html is not None:
@@ -124,12 +130,12 @@ def replay(
         first = line.first_record().context
         about = [("session", name), ("agent", f"{first.agent} {first.agent_version}"), ("policy", first.policy_hash)]
         with _new_file(html) as file:
-            count = write_html(file, line, f"Session {name}", about=about)
+            count = write_html(file, items, f"Session {name}", about=about)
         print(printable(f"{html}: {count} records"))
         return 0
     from corral.log.replay import replay as play
 
-    return play(line, sys.stdin, sys.stdout, speed=speed, step=step, place=place, details=details)
+    return play(items, sys.stdin, sys.stdout, speed=speed, step=step, place=place, details=details)
 
 
 def _word(value: object) -> object:

@@ -30,6 +30,8 @@ _MAX_NUMBER = 2**53
 _FIELDS = (
     rb'[^}]*\}[^}]*"sequence":(\d{1,16}),.*"unmapped":\{"corral":\{"at":(\d{1,16}),.*"monotonic":(\d{1,16})\}\}\}\Z'
 )
+_MARKS = (b'"event":"exec.started"', b'"event":"log.payload_kept"')
+"""What stands in entries that tell when commands began, and that what they wrote was kept."""
 _ANOTHER_BOOT = MICROSECONDS
 """Microseconds by which the clock that nobody sets must have gone back to be another one: records of several threads
 may be written in another order than they were timed."""
@@ -58,7 +60,10 @@ class Timeline(Sequence[Item]):
         """Records of the session that are not there; the items behind them say which."""
         self.unreadable = 0
         """Entries of the session that are no records, and not on the time line."""
-        self._numbers, self._offsets = array("Q"), array("d")
+        self._numbers = array("Q")
+        self.offsets = array("d")
+        """Of each item, in seconds since the session began; never less than that of the item before."""
+        self._marked = array("Q")
         self._gaps: dict[int, str] = {}
         self._tiles: OrderedDict[int, dict[int, bytes]] = OrderedDict()
         self._look_through()
@@ -82,8 +87,10 @@ class Timeline(Sequence[Item]):
             if self._numbers:
                 offset += _between(last[1:], (at, monotonic))
             self._note_gap(last[0], sequence)
+            if any(mark in entry for mark in _MARKS):
+                self._marked.append(len(self._numbers))
             self._numbers.append(number)
-            self._offsets.append(offset)
+            self.offsets.append(offset)
             last = sequence, at, monotonic
 
     def _note_gap(self, before: int, sequence: int) -> None:
@@ -107,7 +114,7 @@ class Timeline(Sequence[Item]):
         return self._item(range(len(self))[position])
 
     def _item(self, position: int) -> Item:
-        number, offset = self._numbers[position], self._offsets[position]
+        number, offset = self._numbers[position], self.offsets[position]
         record = read_record(self._entry(number))
         if record is None:
             line = "this record cannot be read: it is none that is known here"
@@ -125,6 +132,13 @@ class Timeline(Sequence[Item]):
         if number not in entries:
             raise LogDamaged(f"record {number} is not there any more")
         return entries[number]
+
+    def marked(self) -> Iterator[tuple[int, float, Record]]:
+        """The records of commands that began and of contents that were kept, with their numbers and offsets."""
+        for position in self._marked:
+            record = read_record(self._entry(self._numbers[position]))
+            if record is not None:
+                yield self._numbers[position], self.offsets[position], record
 
     def first_record(self) -> Record:
         """The session's first record that can be read, for who and where it was. Raises LogDamaged where none can."""
