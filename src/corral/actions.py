@@ -29,6 +29,8 @@ class Content(Enum):
 
     TERMINAL = "terminal"
     """What a command has written: to its terminal, or to stdout and stderr."""
+    DIFF = "diff"
+    """What was changed in the workspace, as a patch."""
     REFUSED_FLOW = "refused_flow"
     """The first bytes of a connection that the gateway refused."""
 

@@ -226,6 +226,33 @@ def test_a_store_with_a_bad_key_begins_nothing(cli: CommandLine, tmp_path: Path)
     assert len(events(place, SessionStarted)) == 1
 
 
+@pytest.mark.parametrize("drop", [True, False])
+def test_what_was_changed_is_kept_as_a_patch(cli: CommandLine, tmp_path: Path, drop: bool) -> None:
+    """Also where the changes themselves are dropped."""
+    place = tmp_path / "records" / "log"
+    policy = tmp_path / "keep.yaml"
+    policy.write_text("log: {keep: {diff: 30d}}\n")
+    script = "echo new >new.txt; echo more >>file.txt"
+    options = ("--log", str(place), "--policy", str(policy), *(["--discard"] if drop else []), "--")
+    assert cli.run(*options, "sh", "-c", script).returncode == 0
+    (kept,) = events(place, PayloadKept)
+    assert (kept.content, kept.is_whole) == (Content.DIFF, True)
+    patch = open_payloads(place).read(kept.digest).decode()
+    assert "+++ b/new.txt" in patch and "+new" in patch
+    assert "--- a/file.txt" in patch and "+more" in patch
+    assert cli.run(*options, "true").returncode == 0
+    assert len(events(place, PayloadKept)) == 1  # nothing was changed
+    assert is_whole(place)
+
+
+async def test_a_patch_that_is_too_long_is_cut(make_box: MakeBox, log: Log) -> None:
+    box = await make_box(policy=parse_policy("log: {keep: {diff: 1h}, keep_bytes: 10KiB}\n", source="x"), log=log)
+    assert (await box.exec(["sh", "-c", "yes word | head -n 20000 >words"])).exit_code == 0
+    await ended(box, log)
+    (kept,) = events(log.directory, PayloadKept)
+    assert (kept.size, kept.is_whole) == (10 << 10, False)
+
+
 SPEAK = """
     import socket
     with socket.create_connection(("web.test", 443), timeout=8) as s:

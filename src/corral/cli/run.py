@@ -213,6 +213,7 @@ class _Run:
             for forward in self._forwards:
                 forward.close()
             registry.unregister(core)
+            self._close_chronicle()
             kept = self._keep()
             core.close_layer()
             self._close_log()
@@ -246,13 +247,16 @@ class _Run:
 
         return recorded(self._log, prepared, self._loop, self._sinks())
 
+    def _close_chronicle(self) -> None:
+        if self._tape is not None:
+            self._tape.close()
+        if self._core is not None:
+            self._core.close_chronicle()
+
     def _close_log(self) -> None:
         """What is recorded is signed for when this returns; if it cannot be, that is what the caller must know."""
         if self._log is not None:
-            if self._tape is not None:
-                self._tape.close()
-            if self._core is not None:
-                self._core.close_chronicle()
+            self._close_chronicle()
             try:
                 self._log.close()
             except CorralError as error:

@@ -169,7 +169,7 @@ class LogSection(Strict):
     asynchronous: Kinds = _DEFAULT.log.asynchronous
     """Actions that go on before their record is durable; all others wait for it."""
     keep: KeptContent = {}
-    """What is kept beside the log, and for how long: what commands write, first bytes of refused connections."""
+    """What is kept beside the log, and for how long: what commands write, changes, refused connections."""
     keep_bytes: KeptSize = _DEFAULT.log.keep_bytes
     """How much of one such content is kept."""
 

@@ -91,17 +91,31 @@ class Contents:
                     return
             self._lost += 1
 
-    def close(self) -> None:
+    def close(self, patch: Callable[[], bytes] | None = None) -> None:
         """Returns when all is kept, and what was lost is recorded. May be called again.
 
-        What is still written is the end of nothing: such a tape is kept as one that is not whole."""
+        What is still written is the end of nothing: such a tape is kept as one that is not whole. ``patch`` gives what
+        was changed in the workspace."""
         with self._lock:
-            self._closed = True
+            was_closed, self._closed = self._closed, True
+        if patch is not None and not was_closed and Content.DIFF in self._keep:
+            self._take(patch)
         for tape in tuple(self._tapes):
             tape.close(is_whole=False)
         if self._thread.is_alive():
             self._waiting.put(None)
             self._thread.join()
+
+    def _take(self, patch: Callable[[], bytes]) -> None:
+        about = "workspace"
+        try:
+            data = patch()
+        except Exception as error:
+            self._record(PayloadLost(Content.DIFF, 1, _why(error)))
+            return
+        if data:
+            kept = data[: self._policy.keep_bytes]
+            self._waiting.put(_Piece(self._origin, Content.DIFF, kept, len(kept) == len(data), about))
 
     # ---- its own thread ----
 
@@ -125,8 +139,7 @@ class Contents:
         )
 
     def _fail(self, piece: _Piece, error: Exception) -> None:
-        # Only our own words are told: others may hold a secret.
-        why = str(error) if isinstance(error, CorralError) else type(error).__name__
+        why = _why(error)
         self._end(f"what its policy wants kept cannot be kept ({why})")
         self._record(PayloadLost(piece.content, 1, why))
 
@@ -135,3 +148,8 @@ class Contents:
             self._session.record(event)
         except Exception as error:
             self._end(unwritable(error))
+
+
+def _why(error: Exception) -> str:
+    """Only our own words are told: others may hold a secret."""
+    return str(error) if isinstance(error, CorralError) else type(error).__name__

@@ -102,8 +102,9 @@ class Chronicle(Protocol):
     def tape(self, number: int, argv: Sequence[str], size: tuple[int, int] | None) -> Tape | None:
         """What takes the output of a command, where it is to be kept; whoever reads it writes it there too."""
 
-    def close(self) -> None:
-        """Returns when all that is kept is durable: nothing is written to tapes any more."""
+    def close(self, layer: int) -> None:
+        """Returns when all that is kept is durable: nothing is written to tapes any more, nor to the layer (-1 where
+        that is gone)."""
 
 
 class Core:
@@ -259,9 +260,10 @@ class Core:
         return None if self._chronicle is None else self._chronicle.tape(number, argv, size)
 
     def close_chronicle(self) -> None:
-        """Waits until what is kept of its execs is durable. For when they and their tapes are over."""
+        """Waits until what is kept of it is durable. For when its execs and their tapes are over, and before its layer
+        is closed. May be called again."""
         if self._chronicle is not None:
-            self._chronicle.close()
+            self._chronicle.close(self.layer_fd)
 
     def environment(self, user: int | None = None) -> dict[str, str]:
         """The variables of a command that ``user`` runs."""

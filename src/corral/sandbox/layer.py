@@ -111,6 +111,21 @@ def live_changes(prepared: Prepared, layer: int) -> list[Change]:
     return changes(prepared.view.parts, layer, _owners(prepared), prepared.view.scaffold)
 
 
+def live_patch(prepared: Prepared, layer: int) -> bytes:
+    """What is changed in the workspace, as :meth:`KeptLayer.patch`; consistent for what nobody changes meanwhile.
+
+    Raises CorralError.
+    """
+    from corral.sandbox.patch import make_patch  # loads difflib
+
+    owners = _owners(prepared)
+    for part in prepared.view.parts:
+        if part.name == "workspace":
+            listed = changes((part,), layer, owners, prepared.view.scaffold)
+            return os.fsencode(make_patch(part, layer, owners, listed))
+    return b""
+
+
 def keep(prepared: Prepared, layer: int, *, command: str = "") -> KeptLayer | None:
     """Copies the layer of an ended sandbox to disk; None where it changes nothing.
 

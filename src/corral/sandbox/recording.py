@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from corral.actions import Origin
 from corral.log.asciicast import Tape
@@ -16,6 +17,7 @@ from corral.policy.canonical import canonical_form, policy_hash
 from corral.reactor import Reactor
 from corral.sandbox.contents import Contents
 from corral.sandbox.core import Core, Exit
+from corral.sandbox.layer import live_patch
 from corral.sandbox.prepare import Prepared
 from corral.version import VERSION
 
@@ -35,7 +37,7 @@ def recorded(log: Log, prepared: Prepared, reactor: Reactor, sinks: Sequence[Sin
     try:
         core = Core(prepared, reactor, (*sinks, recorder.session), recorder, glances=contents)
     except BaseException:
-        recorder.close()
+        recorder.close(-1)
         raise
     recorder.session.when_failed(core.kill)
     for each in contents:
@@ -59,6 +61,7 @@ class Recorder:
             sandbox=prepared.id,
             product_version=VERSION,
         )
+        self._prepared = prepared
         self.contents: Contents | None = None
         """What is kept beside the records."""
         payloads = open_payloads(log.directory) if policy.log.keep else None
@@ -89,9 +92,9 @@ class Recorder:
     def tape(self, number: int, argv: Sequence[str], size: tuple[int, int] | None) -> Tape | None:
         return None if self.contents is None else self.contents.tape(number, " ".join(argv)[:MAX_TITLE], size)
 
-    def close(self) -> None:
+    def close(self, layer: int) -> None:
         if self.contents is not None:
-            self.contents.close()
+            self.contents.close(partial(live_patch, self._prepared, layer) if layer >= 0 else None)
 
     def ended(self, reason: str) -> None:
         self.session.record(SessionEnded(reason))
