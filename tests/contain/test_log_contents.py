@@ -211,8 +211,24 @@ async def test_a_store_that_cannot_be_written_ends_the_sandbox(
     assert "cannot be kept (the disk is full)" in await asyncio.wait_for(box.wait_ended(), 60)
     with pytest.raises(SandboxClosed):
         await box.exec(["true"])
-    await ended(box, log)
+    with pytest.raises(PayloadError, match="the disk is full"):
+        await box.close()
+    log.seal()
     assert [event.why for event in events(log.directory, PayloadLost)] == ["the disk is full"]
+
+
+def test_a_run_whose_last_words_could_not_be_kept_says_so(cli: CommandLine, tmp_path: Path, workspace: Path) -> None:
+    """The sandbox has ended by then; its changes are there all the same."""
+    place = tmp_path / "records" / "log"
+    place.parent.mkdir()
+    payloads_path(place).write_text("no directory")
+    options = ("--log", str(place), "--policy", written(tmp_path), "--")
+    done = cli.run(*options, "sh", "-c", "echo said; echo new >new.txt")
+    assert (done.returncode, done.stdout) == (125, b"said\n")
+    assert b"cannot be kept" in done.stderr
+    (lost,) = events(place, PayloadLost)
+    assert (lost.content, lost.count) == (Content.TERMINAL, 1)
+    assert b"new.txt" in cli("diff").stdout
 
 
 def test_a_store_with_a_bad_key_begins_nothing(cli: CommandLine, tmp_path: Path) -> None:

@@ -251,7 +251,10 @@ class _Run:
         if self._tape is not None:
             self._tape.close()
         if self._core is not None:
-            self._core.close_chronicle()
+            try:
+                self._core.close_chronicle()
+            except CorralError as error:
+                self._error = self._error or error
 
     def _close_log(self) -> None:
         """What is recorded is signed for when this returns; if it cannot be, that is what the caller must know."""

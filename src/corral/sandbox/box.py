@@ -144,10 +144,12 @@ class Sandbox:
             process.release()
         self._processes.clear()
         registry.unregister(core)
-        await asyncio.to_thread(core.close_chronicle)
         try:
-            if self._keep:
-                self.kept = await asyncio.to_thread(keep, core.prepared, core.layer_fd)
+            try:
+                await asyncio.to_thread(core.close_chronicle)
+            finally:
+                if self._keep:
+                    self.kept = await asyncio.to_thread(keep, core.prepared, core.layer_fd)
         finally:
             core.close_layer()
 

@@ -18,7 +18,7 @@ from corral.actions import Content, Endpoint, Origin
 from corral.errors import CorralError
 from corral.log.asciicast import COLUMNS, ROWS, Tape
 from corral.log.events import PayloadKept, PayloadLost
-from corral.log.payloads import Payloads
+from corral.log.payloads import PayloadError, Payloads
 from corral.log.sink import SessionLog
 from corral.monitor.records import unwritable
 from corral.policy.model import Log
@@ -51,6 +51,7 @@ class Contents:
         self._refused = self._lost = 0
         self._tapes: WeakSet[Tape] = WeakSet()
         self._closed = False
+        self._failure = ""
         self._thread = threading.Thread(target=self._run, name="corral-contents", daemon=True)
         self._thread.start()
 
@@ -95,7 +96,7 @@ class Contents:
         """Returns when all is kept, and what was lost is recorded. May be called again.
 
         What is still written is the end of nothing: such a tape is kept as one that is not whole. ``patch`` gives what
-        was changed in the workspace."""
+        was changed in the workspace. Raises PayloadError where something could not be kept."""
         with self._lock:
             was_closed, self._closed = self._closed, True
         if patch is not None and not was_closed and Content.DIFF in self._keep:
@@ -105,13 +106,15 @@ class Contents:
         if self._thread.is_alive():
             self._waiting.put(None)
             self._thread.join()
+        if self._failure:
+            raise PayloadError(self._failure)
 
     def _take(self, patch: Callable[[], bytes]) -> None:
         about = "workspace"
         try:
             data = patch()
         except Exception as error:
-            self._record(PayloadLost(Content.DIFF, 1, _why(error)))
+            self._fail(Content.DIFF, error)
             return
         if data:
             kept = data[: self._policy.keep_bytes]
@@ -124,7 +127,7 @@ class Contents:
             try:
                 self._write(piece)
             except Exception as error:
-                self._fail(piece, error)
+                self._fail(piece.content, error)
         with self._lock:
             lost = self._lost
         if lost:
@@ -138,18 +141,15 @@ class Contents:
             PayloadKept(piece.origin, piece.content, digest, len(piece.data), piece.is_whole, piece.about, expires)
         )
 
-    def _fail(self, piece: _Piece, error: Exception) -> None:
-        why = _why(error)
-        self._end(f"what its policy wants kept cannot be kept ({why})")
-        self._record(PayloadLost(piece.content, 1, why))
+    def _fail(self, content: Content, error: Exception) -> None:
+        # Only our own words are told: others may hold a secret.
+        why = str(error) if isinstance(error, CorralError) else type(error).__name__
+        self._failure = self._failure or f"what its policy wants kept cannot be kept ({why})"
+        self._end(self._failure)
+        self._record(PayloadLost(content, 1, why))
 
     def _record(self, event: PayloadLost) -> None:
         try:
             self._session.record(event)
         except Exception as error:
             self._end(unwritable(error))
-
-
-def _why(error: Exception) -> str:
-    """Only our own words are told: others may hold a secret."""
-    return str(error) if isinstance(error, CorralError) else type(error).__name__

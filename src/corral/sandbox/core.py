@@ -261,7 +261,7 @@ class Core:
 
     def close_chronicle(self) -> None:
         """Waits until what is kept of it is durable. For when its execs and their tapes are over, and before its layer
-        is closed. May be called again."""
+        is closed. May be called again. Raises PayloadError where something could not be kept."""
         if self._chronicle is not None:
             self._chronicle.close(self.layer_fd)
 
