@@ -130,7 +130,8 @@ async def test_cancelling_an_exec_kills_its_command(workspace: Path) -> None:
         deadline = time.monotonic() + 10
         while b"sleep 1004" in (await box.exec(["ps", "-eo", "args"])).stdout:
             assert time.monotonic() < deadline, "the command survived"
-        assert descriptors() == before
+        # What the supervisor remembered of processes that are dead by now may be gone too.
+        assert wait_until(lambda: descriptors() <= before)
         assert (await box.exec(["echo", "usable"])).stdout == b"usable\n"
 
 

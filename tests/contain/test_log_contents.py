@@ -103,6 +103,19 @@ def test_contents_are_absent_inside(cli: CommandLine, workspace: Path, tmp_path:
     assert is_whole(workspace / "log")
 
 
+def test_contents_are_absent_inside_a_tree_that_is_shown_too(cli: CommandLine, tmp_path: Path) -> None:
+    place = tmp_path / "records" / "log"
+    place.parent.mkdir()
+    place.parent.chmod(0o755)
+    policy = tmp_path / "shown.yaml"
+    policy.write_text(f"log: {{keep: {{terminal: 30d}}}}\nfilesystem: {{read: ['{place.parent}']}}\n")
+    for _ in range(2):
+        look = f"ls {place.parent}/log.payloads {place} && cat {place.parent}/log.payloads/*/* {place}/checkpoint"
+        done = cli.run("--log", str(place), "--policy", str(policy), "--", "sh", "-c", look)
+        assert b"terminal" not in done.stdout and b"corral" not in done.stdout, done.stdout
+    assert len(events(place, PayloadKept)) == 2
+
+
 def test_an_operator_lists_reads_and_erases(cli: CommandLine, tmp_path: Path) -> None:
     place = tmp_path / "records" / "log"
     ran = cli.run("--log", str(place), "--policy", written(tmp_path), "--", "printf", r"\033[2Jhello")
@@ -223,6 +236,14 @@ def test_a_run_whose_last_words_could_not_be_kept_says_so(cli: CommandLine, tmp_
     place.parent.mkdir()
     payloads_path(place).write_text("no directory")
     options = ("--log", str(place), "--policy", written(tmp_path), "--")
+    done = cli.run(*options, "true")
+    assert done.returncode == 125
+    assert b"cannot make it: File exists" in done.stderr
+    payloads_path(place).unlink()
+    # Every directory that a payload could lie in is a file.
+    payloads_path(place).mkdir()
+    for number in range(256):
+        (payloads_path(place) / f"{number:02x}").write_text("")
     done = cli.run(*options, "sh", "-c", "echo said; echo new >new.txt")
     assert (done.returncode, done.stdout) == (125, b"said\n")
     assert b"cannot be kept" in done.stderr

