@@ -363,7 +363,10 @@ _TOOLS = (
     ("sed -i s/original/edited/ file.txt; cat file.txt", "edited"),
     ("locale charmap; TZ=Asia/Tokyo date -d @0 +%H:%M; date -d @0 +%Z", "UTF-8\n09:00\nUTC"),
     ("id -un; id -u; whoami; getent passwd agent | cut -d: -f6; hostname", "agent\n1000\nagent\n/home/agent\ncorral"),
-    ("nproc >/dev/null; df . >/dev/null; free >/dev/null; uptime >/dev/null; ps -e | grep -c bash", "1"),
+    (
+        "nproc >/dev/null; df . >/dev/null; free >/dev/null; uptime >/dev/null; ps -e >processes; grep -c bash processes",
+        "1",
+    ),
     ("timeout 0.2 sleep 9 || echo $?; (ulimit -n 64; ulimit -n); umask", "124\n64\n0022"),
     ("trap 'echo t' TERM; kill -TERM $$; (exit 3) || echo $?; kill -9 $BASHPID & wait $! || echo $?", "t\n3\n137"),
     ("mkfifo f; echo through >f & cat f; wait", "through"),
