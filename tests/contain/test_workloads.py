@@ -364,7 +364,7 @@ _TOOLS = (
     ("locale charmap; TZ=Asia/Tokyo date -d @0 +%H:%M; date -d @0 +%Z", "UTF-8\n09:00\nUTC"),
     ("id -un; id -u; whoami; getent passwd agent | cut -d: -f6; hostname", "agent\n1000\nagent\n/home/agent\ncorral"),
     (
-        "nproc >/dev/null; df . >/dev/null; free >/dev/null; uptime >/dev/null; ps -e >processes; grep -c bash processes",
+        "nproc >/dev/null; df . >/dev/null; free >/dev/null; uptime >/dev/null; ps -e >ps; grep -c bash ps",
         "1",
     ),
     ("timeout 0.2 sleep 9 || echo $?; (ulimit -n 64; ulimit -n); umask", "124\n64\n0022"),
