@@ -5,24 +5,27 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from corral.actions import Content
-from corral.errors import SandboxClosed
+from corral.errors import CorralError, SandboxClosed
 from corral.log.events import PayloadKept, PayloadLost, SessionStarted
 from corral.log.gaps import Gaps
 from corral.log.holdings import Holdings
-from corral.log.payloads import PayloadError, Payloads
+from corral.log.payload_keys import PayloadError
+from corral.log.payloads import Payload, Payloads
 from corral.log.places import open_log, open_payloads, payloads_path
 from corral.log.signing import read_keys
 from corral.log.verify import verify_log
 from corral.log.writer import Log, LogUnwritable
 from corral.policy.load import parse_policy
-from corral.sandbox import contents
+from corral.sandbox import contents, core
 from corral.sandbox.box import Sandbox
 from tests.contain.command_line import CommandLine, adopting_orphans
 from tests.contain.conftest import MakeBox
@@ -194,6 +197,96 @@ async def test_what_is_too_long_is_cut_and_said_to_be(make_box: MakeBox, log: Lo
     assert set(text_of(log.directory, kept)) == {"x"}
 
 
+async def test_what_the_caller_is_not_given_is_kept_all_the_same(make_box: MakeBox, log: Log) -> None:
+    policy = replace(KEEP, resources=replace(KEEP.resources, output=10))
+    box = await make_box(policy=policy, log=log)
+    assert (await box.exec(["sh", "-c", "head -c 3000 /dev/zero | tr '\\0' x"])).stdout == b"x" * 10
+    await ended(box, log)
+    (kept,) = events(log.directory, PayloadKept)
+    assert (kept.is_whole, text_of(log.directory, kept)) == (True, "x" * 3000)
+
+
+async def test_what_was_not_read_to_its_end_is_said_to_be_cut(make_box: MakeBox, log: Log) -> None:
+    box = await make_box(policy=KEEP, log=log)
+    # One that somebody goes on to write to, one that is cancelled, and one whose output nobody wants.
+    assert (await box.exec(["sh", "-c", "echo first; (sleep 600) &"])).exit_code == 0
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(box.exec(["sh", "-c", "echo second; sleep 600"]), 1)
+    process = await box.start_process(["sh", "-c", "echo third; sleep 600"])
+    assert await process.stdout.readline() == b"third\n"
+    process.release()
+    await ended(box, log)
+    kept = events(log.directory, PayloadKept)
+    assert [(event.origin.exec, event.is_whole) for event in kept] == [(1, False), (2, False), (3, False)]
+
+
+def test_what_a_broken_pipe_has_cost_is_said(cli: CommandLine, tmp_path: Path) -> None:
+    place = tmp_path / "records" / "log"
+    command = cli.start("run", "--log", str(place), "--policy", written(tmp_path), "--", "yes")
+    assert command.stdout is not None
+    assert command.stdout.read(2) == b"y\n"
+    command.stdout.close()
+    command.wait(60)
+    (kept,) = events(place, PayloadKept)
+    assert not kept.is_whole
+
+
+async def test_several_who_close_lose_nothing(make_box: MakeBox, log: Log) -> None:
+    """Nor does one who does not wait for it."""
+    policy = parse_policy("log: {keep: {terminal: 1h, diff: 1h}}\n", source="test.yaml")
+    for impatient in (False, True):
+        box = await make_box(policy=policy, log=log)
+        assert (await box.exec(["sh", "-c", "echo said; yes word | head -n 20000 >words"])).exit_code == 0
+        first = asyncio.ensure_future(box.close())
+        await asyncio.sleep(0.01)
+        others = [asyncio.ensure_future(box.close()) for _ in range(2)]
+        if impatient:
+            first.cancel()
+            await asyncio.wait([first])
+            assert first.cancelled()
+        else:
+            await first
+        await asyncio.gather(*others)
+        assert box.core.layer_fd == -1
+    log.seal()
+    found = [event.content for event in events(log.directory, PayloadKept)]
+    assert found == [Content.TERMINAL, Content.DIFF] * 2 or found == [Content.DIFF, Content.TERMINAL] * 2
+    assert is_whole(log.directory)
+
+
+async def test_a_start_that_fails_leaves_nothing_behind(
+    make_box: MakeBox, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core, "START_TIMEOUT", 0.0)
+    for _ in range(3):
+        with suppress(CorralError):  # the walls may have been quicker
+            await (await make_box(policy=KEEP, log=log)).close()
+    assert not [each for each in threading.enumerate() if each.name == "corral-contents"]
+
+
+async def test_whoever_writes_more_than_the_disk_takes_waits(
+    make_box: MakeBox, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nobody else in his program does."""
+    keep, go_on = Payloads.keep, threading.Event()
+
+    def slow(self: Payloads, content: Content, data: bytes, *, expires: int) -> Payload:
+        go_on.wait(60)
+        return keep(self, content, data, expires=expires)
+
+    monkeypatch.setattr(Payloads, "keep", slow)
+    monkeypatch.setattr(contents, "MAX_WAITING", 1000)
+    box = await make_box(policy=KEEP, log=log)
+    assert (await box.exec(["sh", "-c", "head -c 2000 /dev/zero | tr '\\0' x"])).exit_code == 0
+    more = asyncio.ensure_future(box.exec(["echo", "more"]))
+    done, _ = await asyncio.wait([more], timeout=1)
+    assert not done
+    go_on.set()
+    assert (await more).text == "more\n"
+    await ended(box, log)
+    assert len(events(log.directory, PayloadKept)) == 2
+
+
 async def test_a_command_that_still_runs_at_the_end_is_kept_as_cut(make_box: MakeBox, log: Log) -> None:
     box = await make_box(policy=KEEP, log=log)
     process = await box.start_process(["sh", "-c", "echo begun; sleep 600"])
@@ -215,7 +308,7 @@ async def test_a_store_that_cannot_be_written_ends_the_sandbox(
 ) -> None:
     """As a log that cannot be written does (I3)."""
 
-    def fails(*_: object, **__: object) -> str:
+    def fails(*_: object, **__: object) -> Payload:
         raise PayloadError("the disk is full")
 
     monkeypatch.setattr(Payloads, "keep", fails)

@@ -123,7 +123,9 @@ LIFE = (
     | st.builds(KeyRotated, HOSTILE, HOSTILE)
     | st.builds(PayloadErased, HOSTILE, HOSTILE, HOSTILE)
     | st.builds(PayloadLost, st.sampled_from(Content), NUMBERS, HOSTILE)
-    | st.builds(PayloadKept, ORIGINS, st.sampled_from(Content), HOSTILE, NUMBERS, st.booleans(), HOSTILE, NUMBERS)
+    | st.builds(
+        PayloadKept, ORIGINS, st.sampled_from(Content), HOSTILE, NUMBERS, st.booleans(), HOSTILE, NUMBERS, st.booleans()
+    )
 )
 EVENTS = DECISIONS | FLOWS | LIFE
 
@@ -183,8 +185,10 @@ def kinds_of_events() -> Iterator[Event]:
     yield ExecEnded(1, 256, "", 1, 2, 3, 4)
     yield LogRecovered("12 bytes were cut off")
     yield KeyRotated("a", "b")
-    yield PayloadKept(origin, Content.TERMINAL, "hmac-sha256:ab", 12, False, "ls -l", 1_800_000_000)
-    yield PayloadKept(Origin("box-1", "session-1"), Content.REFUSED_FLOW, "hmac-sha256:ab", 1, True, "192.0.2.1", 1)
+    yield PayloadKept(origin, Content.TERMINAL, "hmac-sha256:ab", 12, False, "ls -l", 1_800_000_000, False)
+    yield PayloadKept(
+        Origin("box-1", "session-1"), Content.REFUSED_FLOW, "hmac-sha256:ab", 1, True, "192.0.2.1", 1, True
+    )
     yield PayloadLost(Content.REFUSED_FLOW, 3, "too many")
     yield PayloadErased("ab", "me", "asked to")
 

@@ -51,9 +51,9 @@ class Session:
     def kept(self, number: int, *pieces: tuple[float, str], data: bytes | None = None) -> PayloadKept:
         lines = [json.dumps({"version": 2, "width": 80, "height": 24}), *(json.dumps([t, "o", s]) for t, s in pieces)]
         cast = "\n".join(lines).encode() if data is None else data
-        digest = self.store.keep(Content.TERMINAL, cast, expires=START)
+        digest = self.store.keep(Content.TERMINAL, cast, expires=START).digest
         origin = Origin("s", "s", number, number)
-        return PayloadKept(origin, Content.TERMINAL, digest, len(cast), True, "sh", START)
+        return PayloadKept(origin, Content.TERMINAL, digest, len(cast), True, "sh", START, False)
 
     def line(self) -> WithTerminal:
         return WithTerminal(Timeline(Reader(self.place), "s"), self.store)

@@ -70,7 +70,7 @@ def told() -> Iterator[tuple[Event, ItemKind, str]]:
     yield SessionEnded("closed"), ItemKind.LIFECYCLE, "the session ended: closed"
     yield LogRecovered("9 bytes"), ItemKind.LIFECYCLE, "the log was mended after a crash: 9 bytes"
     yield KeyRotated("a", "b"), ItemKind.LIFECYCLE, "another key signs for the log"
-    kept = PayloadKept(Origin("s", "s", 3, 1), Content.TERMINAL, "ab", 12, False, "ls\x1b", 1)
+    kept = PayloadKept(Origin("s", "s", 3, 1), Content.TERMINAL, "ab", 12, False, "ls\x1b", 1, False)
     yield kept, ItemKind.LIFECYCLE, "12 bytes are kept of the terminal of ls\\x1b, which was longer"
     lost = PayloadLost(Content.REFUSED_FLOW, 3, "too many")
     yield lost, ItemKind.LIFECYCLE, "3 x refused flow was not kept: too many"

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from corral.cli.foreground import printable
 from corral.cli.log import directory_of
 from corral.errors import RequestError
+from corral.log import payload_keys
 from corral.log.events import PayloadErased
-from corral.log.payloads import PayloadError, make_key
-from corral.log.places import erase_payloads, open_payloads, payload_key_path
+from corral.log.places import erase_payloads, expired_payloads, open_payloads, payload_key_path, payloads_path
 
 MAX_WHY = 1000
 
@@ -47,8 +47,11 @@ def erase(digests: Sequence[str], log: str | None, *, expired: bool, why: str, b
     if bool(digests) == expired:
         raise RequestError("name the contents to erase, or pass --expired")
     directory = directory_of(log)
-    payloads = open_payloads(directory)
-    wanted = [each.digest for each in payloads.expired()] if expired else list(digests)
+    if expired:
+        open_payloads(directory).sweep()
+        wanted = expired_payloads(directory, time.time())
+    else:
+        wanted = list(dict.fromkeys(digests))
     erase_payloads(directory, [PayloadErased(digest, by or _user(), why) for digest in wanted])
     if as_json:
         print(json.dumps(wanted))
@@ -66,8 +69,7 @@ def _user() -> str:
 
 def encrypt(log: str | None) -> None:
     """Makes the key with which all is encrypted that is kept from now on."""
-    path = payload_key_path(directory_of(log))
-    if os.path.lexists(path):
-        raise PayloadError(f"{path}: there is a key already")
-    make_key(path)
+    directory = directory_of(log)
+    path = payload_key_path(directory)
+    payload_keys.encrypt(payloads_path(directory), path)
     print(printable(f"made {path}; without it nothing that is kept from now on can be read"))

@@ -86,13 +86,17 @@ def _carry(
     close_target: bool,
     broken: Callable[[], None],
     seen: Callable[[bytes], None],
+    ended: Callable[[], None],
 ) -> None:
-    """Copies until the end of ``source``, or until nobody reads ``target`` any more, which ``broken`` is told."""
+    """Copies until the end of ``source``, which ``ended`` is told, or until nobody reads ``target`` any more, which
+    ``broken`` is told."""
     while data := _read(source):
         seen(data)
         if not _write(target, data):
             broken()
             break
+    else:
+        ended()
     for fd in [source] * close_source + [target] * close_target:
         os.close(fd)
 
@@ -106,6 +110,8 @@ class Foreground:
         self._terminal: Terminal | None = None
         self._saved: list[Any] | None = None
         self._threads: list[threading.Thread] = []
+        self._ends: list[None] = []
+        """One for each output that was read to its end."""
         self._started = False
         self._terminated = 0
         self.interrupted = 0
@@ -151,7 +157,8 @@ class Foreground:
         broken: Callable[[], None] = lambda: None,
         seen: Callable[[bytes], None] = lambda data: None,
     ) -> None:
-        arguments = (source, target, close_source, close_target, broken, seen)
+        ended = partial(self._ends.append, None) if waited_for else lambda: None
+        arguments = (source, target, close_source, close_target, broken, seen, ended)
         thread = threading.Thread(target=_carry, args=arguments, daemon=True)
         if waited_for:
             self._threads.append(thread)
@@ -216,6 +223,11 @@ class Foreground:
         self._commander.signal(signal.SIGCONT)
 
     # ---- after ----
+
+    @property
+    def has_all(self) -> bool:
+        """Whether all that the command has written was read."""
+        return len(self._ends) == len(self._threads)
 
     def finish(self, wait: Callable[[], None]) -> None:
         """Writes out what is left and gives the terminal back. ``wait`` ends what still holds the other ends."""

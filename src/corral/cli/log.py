@@ -90,10 +90,14 @@ def verify(
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
     if look.count and not payloads_path(directory).is_dir():
+        report.unread = look.count
         complain(f"{look.count} contents were kept beside this log; they are not here, and not verified")
     else:
         for number, problem in look.faults(open_payloads(directory)):
             report.add("payloads", f"entry {number}", problem)
+        report.unread = look.unread
+        if look.unread:
+            complain(f"{look.unread} contents are encrypted, and the key is not here: not verified but that they exist")
     return _print_report(report, as_json=as_json)
 
 
@@ -113,6 +117,7 @@ def _print_report(report: Report, *, as_json: bool) -> int:
                     "valid": report.valid,
                     "entries": report.size,
                     "verified": report.checked,
+                    "contents_unread": report.unread,
                     "cosigners": list(report.cosigners),
                     "faults": faults,
                 }

@@ -251,7 +251,7 @@ class _Run:
 
     def _close_chronicle(self) -> None:
         if self._tape is not None:
-            self._tape.close()
+            self._tape.close(is_whole=self._foreground.has_all)
         if self._core is not None:
             try:
                 self._core.close_chronicle()

@@ -31,8 +31,11 @@ class Tape:
         where nothing was written. ``size`` is that of the terminal, in rows and columns."""
         rows, columns = size
         header = {"version": 2, "width": columns, "height": rows, "timestamp": int(time.time()), "title": title}
-        self._lines = [_json(header)]
-        self._left = limit - len(self._lines[0]) - 1
+        while len(_json(header)) > limit // 2 and header["title"]:
+            header["title"] = title = title[: len(title) // 2]
+        self._kept = bytearray(_json(header) + b"\n")
+        self._left = limit - len(self._kept)
+        self._is_empty = True
         self._done: Callable[[bytes, bool], None] | None = done
         self._began = time.monotonic()
         self._lock = threading.Lock()
@@ -60,8 +63,9 @@ class Tape:
             self._is_whole = False
             if not text:
                 return
-        self._lines.append(line)
+        self._kept += line + b"\n"
         self._left -= len(line) + 1
+        self._is_empty = False
 
     def close(self, *, is_whole: bool = True) -> None:
         """There is no more, or, where it is not whole, no more is waited for. May be called again."""
@@ -73,10 +77,10 @@ class Tape:
             if self._is_whole:
                 for decoder in self._decoders.values():
                     self._add(decoder.decode(b"", final=True))
-            lines, self._lines = self._lines, []
+            kept, self._kept = self._kept, bytearray()
             # Under the lock: who closes it too must not go on before it is handed over.
-            if len(lines) > 1 or not self._is_whole:
-                done(b"\n".join(lines) + b"\n", self._is_whole)
+            if not self._is_empty or not self._is_whole:
+                done(bytes(kept), self._is_whole)
 
 
 def _json(value: object) -> bytes:

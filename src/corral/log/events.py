@@ -80,7 +80,8 @@ class PayloadKept:
     about: str
     """What it is of: a command, a destination."""
     expires: int
-    """Seconds since the epoch, from when on it may be erased."""
+    """Seconds since the epoch, from when on it need not be kept."""
+    encrypted: bool
 
 
 @dataclass(frozen=True, slots=True)

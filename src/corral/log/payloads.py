@@ -5,7 +5,8 @@ which lies with it and is erased with it: what is left in the log is HMAC-SHA-25
 has. The log stays as it was signed, and says who erased it and why.
 
 One file holds one payload: a line of what it is, then salt and content, compressed (zstd, RFC 8878), and encrypted
-where the store has a key (AES-256-GCM, NIST SP 800-38D; the line and the digest are its associated data).
+where the store has a key (AES-256-GCM, NIST SP 800-38D; the line and the digest are its associated data). The digest
+covers the line too.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from corral.actions import Content
 from corral.diskspace import spare_bytes
-from corral.errors import CorralError
+from corral.log.payload_keys import PayloadError, is_marked, read_key
 from corral.log.tiles import make_directory, read_file, sync_directory, write_file
 
 MAX_PAYLOAD = 64 << 20
@@ -41,12 +42,13 @@ _PREFIX = "hmac-sha256:"
 _DIGEST = re.compile(rf"{_PREFIX}[0-9a-f]{{64}}", re.ASCII)
 _SALT = 32
 _NONCE = 12
-_KEY = 32
 _LEVEL = 3
-
-
-class PayloadError(CorralError):
-    """A payload is not there, is not what its digest says, or cannot be kept."""
+_PIECE = 1024
+"""Bytes; they become at most 32 MiB."""
+_TEMPORARY = re.compile(r"\.[0-9a-f]{64}\.[0-9]+", re.ASCII)
+"""What a writer leaves that was killed (:func:`corral.log.tiles.write_file`)."""
+_ABANDONED = 3600
+"""Seconds after which no writer is at it any more."""
 
 
 class PayloadMissing(PayloadError):
@@ -60,32 +62,44 @@ class Payload:
     digest: str
     content: Content
     expires: int
-    """Seconds since the epoch, from when on it may be erased by :meth:`Payloads.expired`."""
+    """Seconds since the epoch, from when on it need not be kept."""
+    encrypted: bool
 
 
 class Payloads:
     """The payloads of one log. Used from several threads."""
 
-    def __init__(self, directory: Path, key: bytes | None = None) -> None:
-        """``key`` is 32 bytes, or None for a store that is not encrypted."""
+    def __init__(self, directory: Path, key: Path | None = None) -> None:
+        """``key`` is the file of its key, which need not be there; it is read each time, so that all who write begin
+        to encrypt when it is made."""
         self.directory = directory
-        self._cipher = AESGCM(key) if key is not None else None
+        self._key = key
+
+    def _cipher(self) -> AESGCM | None:
+        """Raises PayloadError where the key cannot be used."""
+        key = read_key(self._key) if self._key is not None else None
+        return AESGCM(key) if key is not None else None
 
     # ---- keeping ----
 
-    def keep(self, content: Content, data: bytes, *, expires: int) -> str:
-        """Keeps content for good, and returns its digest. Raises PayloadError where that cannot be done."""
+    def keep(self, content: Content, data: bytes, *, expires: int) -> Payload:
+        """Keeps content for good. Raises PayloadError where that cannot be done, or not as secretly as is wanted."""
         if len(data) > MAX_PAYLOAD:
             raise PayloadError(f"{len(data)} bytes of content are more than the {MAX_PAYLOAD} that can be kept")
+        cipher = self._cipher()
+        if cipher is None and is_marked(self.directory):
+            raise PayloadError(
+                f"{self.directory}: it is to be encrypted, and its key is not here; bring {self._key} back"
+            )
         salt = secrets.token_bytes(_SALT)
-        digest = _digest(salt, data)
         line = rfc8785.dumps(
-            {"format": _FORMAT, "content": content.value, "expires": expires, "encrypted": self._cipher is not None}
+            {"format": _FORMAT, "content": content.value, "expires": expires, "encrypted": cipher is not None}
         )
+        digest = _digest(salt, line, data)
         body = salt + zstandard.ZstdCompressor(level=_LEVEL).compress(data)
-        if self._cipher is not None:
+        if cipher is not None:
             nonce = secrets.token_bytes(_NONCE)
-            body = nonce + self._cipher.encrypt(nonce, body, _bound(line, digest))
+            body = nonce + cipher.encrypt(nonce, body, _bound(line, digest))
         path = self._path(digest)
         try:
             # What lies in it is for its owner only; it itself can be covered where others see what is around it.
@@ -95,7 +109,7 @@ class Payloads:
             write_file(path, line + b"\n" + body, mode=0o600)
         except OSError as error:
             raise PayloadError(f"{self.directory}: cannot keep content: {error.strerror}") from None
-        return digest
+        return Payload(digest, content, expires, cipher is not None)
 
     def _require_space(self, size: int) -> None:
         directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -114,25 +128,32 @@ class Payloads:
 
         Raises PayloadMissing where it is not there; PayloadError where it is another, or cannot be read.
         """
+        _, data = self._read(digest)
+        if data is None:
+            raise PayloadError(f"{digest}: it is encrypted, and the key of the store is not here")
+        return data
+
+    def check(self, digest: str) -> tuple[Payload, int | None]:
+        """What it is, and how many bytes; None where it is encrypted and the key is not here: of such a one nothing is
+        known but that something lies there, and what that says it is. Raises as :meth:`read`."""
+        about, data = self._read(digest)
+        return about, None if data is None else len(data)
+
+    def _read(self, digest: str) -> tuple[Payload, bytes | None]:
         line, body = self._file(digest)
         about = _parse(line, digest)
         if about.encrypted:
-            if self._cipher is None:
-                raise PayloadError(f"{digest}: it is encrypted, and the key of the store is not here")
+            cipher = self._cipher()
+            if cipher is None:
+                return about, None
             try:
-                body = self._cipher.decrypt(body[:_NONCE], body[_NONCE:], _bound(line, digest))
+                body = cipher.decrypt(body[:_NONCE], body[_NONCE:], _bound(line, digest))
             except (InvalidTag, ValueError):
                 raise PayloadError(f"{digest}: it was altered, or is encrypted with another key") from None
         data = _decompressed(body[_SALT:], digest)
-        if not hmac.compare_digest(_digest(body[:_SALT], data), digest):
+        if not hmac.compare_digest(_digest(body[:_SALT], line, data), digest):
             raise PayloadError(f"{digest}: its content is another")
-        return data
-
-    def check(self, digest: str) -> None:
-        """Raises as :meth:`read`; of an encrypted payload without the key only that it is there."""
-        line, _ = self._file(digest)
-        if self._cipher is not None or not _parse(line, digest).encrypted:
-            self.read(digest)
+        return about, data
 
     def _file(self, digest: str) -> tuple[bytes, bytes]:
         try:
@@ -148,21 +169,22 @@ class Payloads:
 
     # ---- erasing ----
 
-    def expired(self, now: float | None = None) -> Iterator[Payload]:
-        """Those that need not be kept any longer. What is no payload is passed over; verifying a log tells of it."""
-        limit = time.time() if now is None else now
-        for payload in self.all():
-            if payload.expires <= limit:
-                yield payload
-
-    def all(self) -> Iterator[Payload]:
-        """All that are there."""
+    def digests(self) -> Iterator[str]:
+        """Of all that are there."""
         for path in sorted(self.directory.glob("[0-9a-f][0-9a-f]/*")):
             digest = f"{_PREFIX}{path.name}"
             if _DIGEST.fullmatch(digest):
-                with suppress(PayloadError):
-                    about = _parse(self._file(digest)[0], digest)
-                    yield Payload(digest, about.content, about.expires)
+                yield digest
+
+    def all(self) -> Iterator[Payload]:
+        """All that are there, as they say of themselves. What is no payload is passed over; verifying tells of it."""
+        for digest in self.digests():
+            with suppress(PayloadError):
+                yield self.about(digest)
+
+    def about(self, digest: str) -> Payload:
+        """What it says of itself. Raises as :meth:`read` where it is no payload."""
+        return _parse(self._file(digest)[0], digest)
 
     def erase(self, digest: str, record: Callable[[], None]) -> None:
         """Removes content and salt, after ``record`` has made durable that it is done.
@@ -179,6 +201,20 @@ class Payloads:
         except OSError as error:
             raise PayloadError(f"{digest}: cannot erase it: {error.strerror}") from None
 
+    def sweep(self, now: float | None = None) -> int:
+        """Removes what writers have left that were killed, and returns how many. Raises PayloadError."""
+        oldest = (time.time() if now is None else now) - _ABANDONED
+        count = 0
+        try:
+            for path in self.directory.glob("[0-9a-f][0-9a-f]/.*"):
+                if _TEMPORARY.fullmatch(path.name) and path.lstat().st_mtime < oldest:
+                    path.unlink(missing_ok=True)
+                    sync_directory(path.parent)
+                    count += 1
+        except OSError as error:
+            raise PayloadError(f"{error.filename}: cannot remove it: {error.strerror}") from None
+        return count
+
     def _path(self, digest: str) -> Path:
         """Raises PayloadError for what is no digest: it is made a path of."""
         if not _DIGEST.fullmatch(digest):
@@ -190,19 +226,12 @@ class Payloads:
 # ---- the form of a file ----
 
 
-@dataclass(frozen=True, slots=True)
-class _About:
-    content: Content
-    expires: int
-    encrypted: bool
-
-
-def _parse(line: bytes, digest: str) -> _About:
+def _parse(line: bytes, digest: str) -> Payload:
     try:
         found = json.loads(line)
         if rfc8785.dumps(found) != line or found.pop("format") != _FORMAT:
             raise ValueError
-        about = _About(Content(found.pop("content")), found.pop("expires"), found.pop("encrypted"))
+        about = Payload(digest, Content(found.pop("content")), found.pop("expires"), found.pop("encrypted"))
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise PayloadError(f"{digest}: its file is no payload") from None
     if found or type(about.expires) is not int or type(about.encrypted) is not bool:
@@ -210,8 +239,11 @@ def _parse(line: bytes, digest: str) -> _About:
     return about
 
 
-def _digest(salt: bytes, data: bytes) -> str:
-    return _PREFIX + hmac.new(salt, data, hashlib.sha256).hexdigest()
+def _digest(salt: bytes, line: bytes, data: bytes) -> str:
+    """The line has no newline in it, so that no other line and content are the same bytes."""
+    mac = hmac.new(salt, line + b"\n", hashlib.sha256)
+    mac.update(data)
+    return _PREFIX + mac.hexdigest()
 
 
 def _bound(line: bytes, digest: str) -> bytes:
@@ -219,51 +251,23 @@ def _bound(line: bytes, digest: str) -> bytes:
 
 
 def _decompressed(data: bytes, digest: str) -> bytes:
-    """The first frame says how much it holds, which bounds what is taken into memory."""
+    """The content of one frame, which says how much it holds.
+
+    It is taken apart in small pieces, since a block of four bytes may stand for 128 KiB, and nothing ties what blocks
+    hold to what the frame says (RFC 8878, 3.1.1.2).
+    """
+    content = bytearray()
     try:
         size = zstandard.get_frame_parameters(data).content_size
         if size > MAX_PAYLOAD:
             raise PayloadError(f"{digest}: it is too long")
-        reader = zstandard.ZstdDecompressor().decompressobj()
-        content = reader.decompress(data)
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        for at in range(0, len(data), _PIECE):
+            if frame.eof or len(content) > size:
+                raise PayloadError(f"{digest}: it was altered")
+            content += frame.decompress(data[at : at + _PIECE])
     except zstandard.ZstdError:
         raise PayloadError(f"{digest}: it was altered") from None
-    if not reader.eof or reader.unused_data or len(content) != size:
+    if not frame.eof or frame.unused_data or len(content) != size:
         raise PayloadError(f"{digest}: it was altered")
-    return content
-
-
-def read_key(path: Path) -> bytes | None:
-    """The key of a store, or None where it has none. Raises PayloadError where others can read it, or it is no key."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise PayloadError(f"{path}: cannot read the key: {error.strerror}") from None
-    with open(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        if status.st_mode & 0o077 or status.st_uid != os.geteuid():
-            raise PayloadError(f"{path}: others can read this key, or own it; make it yours, mode 0600")
-        key = file.read(_KEY + 1)
-    if len(key) != _KEY:
-        raise PayloadError(f"{path}: it is no key ({_KEY} bytes)")
-    return key
-
-
-def make_key(path: Path) -> None:
-    """Has what is kept from now on encrypted. Raises PayloadError, also where there is a key already."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(secrets.token_bytes(_KEY))
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(temporary, path)
-        finally:
-            os.unlink(temporary)
-        sync_directory(path.parent)
-    except OSError as error:
-        raise PayloadError(f"{path}: cannot make the key: {error.strerror}") from None
+    return bytes(content)

@@ -12,14 +12,17 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from corral.log.events import Event, KeyRotated, LogRecovered, PayloadErased
+from corral.log.holdings import Holdings
 from corral.log.note import KeyFile
 from corral.log.ocsf import Context
-from corral.log.payloads import PayloadError, Payloads, read_key
+from corral.log.payload_keys import PayloadError, read_key
+from corral.log.payloads import Payloads
+from corral.log.reader import Reader
 from corral.log.records import encode
 from corral.log.signing import KEYS, read_keys
 from corral.log.tiles import sync_directory
@@ -50,7 +53,27 @@ def payload_key_path(directory: Path) -> Path:
 def open_payloads(directory: Path) -> Payloads:
     """The payloads of the log in a directory, which there may be none of. Raises PayloadError."""
     directory = Path(os.path.abspath(directory))
-    return Payloads(payloads_path(directory), read_key(payload_key_path(directory)))
+    key = payload_key_path(directory)
+    read_key(key)  # one that cannot be used is better told now
+    return Payloads(payloads_path(directory), key)
+
+
+def expired_payloads(directory: Path, now: float) -> list[str]:
+    """What need not be kept any longer, as the log says; of what it says nothing, because whoever kept it was killed
+    before that was recorded, as that says itself. Raises PayloadError, NoteError, LogDamaged."""
+    holdings = Holdings()
+    for number, entry in Reader(directory).entries():
+        holdings(number, entry)
+    payloads = open_payloads(directory)
+    found = []
+    for digest in payloads.digests():
+        expires = holdings.expires(digest)
+        if expires is None:
+            with suppress(PayloadError):  # it is no payload; nobody knows when that may be erased
+                expires = payloads.about(digest).expires
+        if expires is not None and expires <= now:
+            found.append(digest)
+    return found
 
 
 def files_of(directory: Path) -> tuple[str, ...]:
@@ -124,7 +147,7 @@ def erase_payloads(directory: Path, erased: Sequence[PayloadErased]) -> None:
     payloads = open_payloads(directory)
     if erased:
         with open_log(directory) as log:
-            for event in erased:
+            for event in {event.digest: event for event in erased}.values():
                 payloads.erase(event.digest, partial(_tell, log, event))
 
 

@@ -16,7 +16,8 @@ from typing import Any, overload
 from corral.actions import Content
 from corral.log.events import ExecStarted, PayloadKept
 from corral.log.items import Item, ItemKind, make_item
-from corral.log.payloads import PayloadError, Payloads
+from corral.log.payload_keys import PayloadError
+from corral.log.payloads import Payloads
 from corral.log.timeline import Timeline
 
 TOGETHER = 0.25

@@ -45,6 +45,8 @@ class Report:
     size: int = 0
     """Entries that the checkpoint commits to."""
     checked: int = 0
+    unread: int = 0
+    """Contents beside the log that could not be verified here."""
     cosigners: tuple[str, ...] = ()
     faults: list[Fault] = field(default_factory=list)
     """In the order of the log; the first is the first bad place. At most :data:`MAX_FAULTS`."""

@@ -15,7 +15,8 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -38,23 +39,9 @@ from corral.sandbox.stats import read_stats
 from corral.sandbox.streams import Collector, Feeder, make_pipe
 
 if TYPE_CHECKING:
-    from corral.log.asciicast import Tape
     from corral.log.writer import Log
 
 T = TypeVar("T")
-
-
-def _both(told: Callable[[bytes], None] | None, tape: Tape | None, stream: str) -> Callable[[bytes], None] | None:
-    """Tells whoever wants to know of output, and what records it."""
-    if tape is None:
-        return told
-
-    def both(data: bytes) -> None:
-        tape.write(data, stream)
-        if told is not None:
-            told(data)
-
-    return both
 
 
 class Sandbox:
@@ -101,6 +88,7 @@ class Sandbox:
         self._keep = keep
         self._core: Core | None = None
         self._ended = asyncio.Event()
+        self._closing: asyncio.Task[None] | None = None
         self._processes: set[Process] = set()
         self.kept: KeptLayer | None = None
         """The layer that was kept, once the sandbox is closed; None where nothing was changed."""
@@ -123,6 +111,8 @@ class Sandbox:
             core.kill("cancelled")
             await asyncio.shield(self._ended.wait())
             core.close_layer()
+            with suppress(CorralError):  # there was nothing to keep
+                await asyncio.to_thread(core.close_chronicle)
             raise
         registry.register(core, loop)
         return self
@@ -136,23 +126,34 @@ class Sandbox:
         return recorded(self._log, prepared, loop)
 
     async def close(self) -> None:
-        """Ends everything inside; keeps the changes where that was asked for. May be called again."""
+        """Ends everything inside; keeps the changes where that was asked for. May be called again, and by several at
+        once; who is cancelled meanwhile stops nothing but its own waiting."""
         core = self._core
-        if core is None or (core.state is State.ENDED and core.layer_fd < 0):
+        if core is None or (self._closing is not None and self._closing.done()):
             return
+        if self._closing is None:
+            if core.state is State.ENDED and core.layer_fd < 0:  # it never began
+                return
+            self._closing = asyncio.get_running_loop().create_task(self._close(core))
+        await asyncio.shield(self._closing)
+
+    async def _close(self, core: Core) -> None:
         core.kill("closed")
-        await asyncio.shield(self._ended.wait())
+        await self._ended.wait()
         for process in list(self._processes):
             process.release()
         self._processes.clear()
         registry.unregister(core)
+        await asyncio.to_thread(self._put_away, core)
+
+    def _put_away(self, core: Core) -> None:
+        """In one thread to its end, so that nothing can close the layer under it."""
         try:
             try:
-                if self._log is not None:
-                    await asyncio.to_thread(core.close_chronicle)
+                core.close_chronicle()
             finally:
                 if self._keep:
-                    self.kept = await asyncio.to_thread(keep, core.prepared, core.layer_fd)
+                    self.kept = keep(core.prepared, core.layer_fd)
         finally:
             core.close_layer()
 
@@ -217,6 +218,7 @@ class Sandbox:
         core = self.core
         uid = self._outside(user)
         limit = self._options.policy.resources.output
+        await self._catch_up()
         ended: asyncio.Future[Exit] = loop.create_future()
         started = time.monotonic()
         in_reader, in_writer = make_pipe(uid, uid)
@@ -241,8 +243,8 @@ class Sandbox:
                 os.close(fd)
         tape = core.tape(number, argv)
         feeder = Feeder(loop, in_writer, stdin)
-        out = Collector(loop, out_reader, limit, _both(on_stdout, tape, "stdout"))
-        err = Collector(loop, err_reader, limit, _both(on_stderr, tape, "stderr"))
+        out = Collector(loop, out_reader, limit, on_stdout, partial(tape.write, stream="stdout") if tape else None)
+        err = Collector(loop, err_reader, limit, on_stderr, partial(tape.write, stream="stderr") if tape else None)
         timed_out = False
         try:
             if timeout is None:
@@ -262,7 +264,7 @@ class Sandbox:
             out.finish()
             err.finish()
             if tape is not None:
-                tape.close()
+                tape.close(is_whole=out.has_ended and err.has_ended)
         if result.error:
             raise result.error
         status = result.status
@@ -296,6 +298,7 @@ class Sandbox:
     ) -> Process:
         """Starts a command and returns at once. ``terminal`` is the (rows, columns) of a terminal to give it; the
         others are as for :meth:`exec`."""
+        await self._catch_up()
         process = Process(self.core, self._processes.discard)
         self._processes.add(process)
         try:
@@ -312,6 +315,10 @@ class Sandbox:
             self._processes.discard(process)
             raise
         return process
+
+    async def _catch_up(self) -> None:
+        if self.core.is_behind:
+            await asyncio.to_thread(self.core.catch_up)
 
     # ---- files ----
 
@@ -351,7 +358,15 @@ class Sandbox:
             raise SandboxClosed(core.end_reason or "it is not running yet")
         prepared = core.prepared
         owners = owner_map(prepared.identity, os.stat(prepared.directory))
-        return await asyncio.to_thread(changes, prepared.view.parts, core.layer_fd, owners, prepared.view.scaffold)
+        layer = os.dup(core.layer_fd)  # the thread goes on with it, whatever happens to the sandbox
+
+        def look() -> list[Change]:
+            try:
+                return changes(prepared.view.parts, layer, owners, prepared.view.scaffold)
+            finally:
+                os.close(layer)
+
+        return await asyncio.to_thread(look)
 
     # ---- looking ----
 

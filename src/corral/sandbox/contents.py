@@ -1,8 +1,8 @@
 """What is kept of a session beside its records, where its policy says so (``log.keep``).
 
 A thread of its own compresses and writes, since the disk may take its time. What commands write is never lost to that:
-who has more of it waits. First bytes of refused connections come as often as an agent likes, so they are bounded, and
-what is beyond is counted.
+who starts more of them waits. First bytes of refused connections come as often as an agent likes, so they are bounded,
+and what is beyond is counted.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from corral.actions import Content, Endpoint, Origin
 from corral.errors import CorralError
 from corral.log.asciicast import COLUMNS, ROWS, Tape
 from corral.log.events import PayloadKept, PayloadLost
-from corral.log.payloads import PayloadError, Payloads
+from corral.log.payload_keys import PayloadError
+from corral.log.payloads import Payloads
 from corral.log.sink import SessionLog
 from corral.monitor.records import unwritable
 from corral.policy.model import Log
 
 MAX_REFUSED = 256
 """Refused connections of one session whose first bytes are kept."""
-_WAITING = 16
-"""Contents that wait for the disk."""
+MAX_WAITING = 64 << 20
+"""Bytes that wait for the disk before whoever starts more commands waits too. Each that runs may add ``keep_bytes``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,11 @@ class Contents:
         self._session, self._payloads, self._policy, self._origin = session, payloads, policy, origin
         self._keep = dict(policy.keep)
         self._end: Callable[[str], None] = lambda reason: None
-        self._waiting: queue.Queue[_Piece | None] = queue.Queue(_WAITING)
+        self._pieces: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        self._closing = threading.Lock()
+        self._room = threading.Condition(self._lock)
+        self._waiting = 0
         self._refused = self._lost = 0
         self._tapes: WeakSet[Tape] = WeakSet()
         self._closed = False
@@ -66,7 +70,8 @@ class Contents:
         origin = Origin(self._origin.sandbox, self._origin.session, number, number)
 
         def done(data: bytes, is_whole: bool) -> None:
-            self._waiting.put(_Piece(origin, Content.TERMINAL, data, is_whole, title))
+            with self._lock:
+                self._put(_Piece(origin, Content.TERMINAL, data, is_whole, title))
 
         tape = Tape(title, self._policy.keep_bytes, done, size=size or (ROWS, COLUMNS))
         with self._lock:
@@ -75,6 +80,21 @@ class Contents:
             self._tapes.add(tape)
         return tape
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether so much waits for the disk that no more commands should be started before :meth:`catch_up`."""
+        return self._waiting > MAX_WAITING
+
+    def catch_up(self) -> None:
+        """Returns when less waits for the disk."""
+        with self._room:
+            self._room.wait_for(lambda: not self.is_behind)
+
+    def _put(self, piece: _Piece) -> None:
+        """With the lock."""
+        self._waiting += len(piece.data)
+        self._pieces.put(piece)
+
     def refused(self, origin: Origin, endpoint: Endpoint, first: bytes) -> None:
         """As :class:`corral.monitor.records.Glance`."""
         if Content.REFUSED_FLOW not in self._keep:
@@ -82,35 +102,32 @@ class Contents:
         data = first[: self._policy.keep_bytes]
         about = f"{endpoint.name or endpoint.address} port {endpoint.port}"
         with self._lock:
-            if self._refused < MAX_REFUSED and not self._closed:
-                try:
-                    self._waiting.put_nowait(_Piece(origin, Content.REFUSED_FLOW, data, len(data) == len(first), about))
-                except queue.Full:
-                    pass
-                else:
-                    self._refused += 1
-                    return
-            self._lost += 1
+            if self._refused < MAX_REFUSED and not self.is_behind and not self._closed:
+                self._put(_Piece(origin, Content.REFUSED_FLOW, data, len(data) == len(first), about))
+                self._refused += 1
+            else:
+                self._lost += 1
 
     def close(self, patch: Callable[[], bytes] | None = None) -> None:
-        """Returns when all is kept, and what was lost is recorded. May be called again.
+        """Returns when all is kept, and that it is, or that it was lost, is recorded for good. May be called again, and
+        by several at once: each returns when it is so.
 
         What is still written is the end of nothing: such a tape is kept as one that is not whole. ``patch`` gives what
         was changed in the workspace. Raises PayloadError where something could not be kept."""
-        with self._lock:
-            was_closed, self._closed = self._closed, True
-        if patch is not None and not was_closed and Content.DIFF in self._keep:
-            self._take(patch)
-        for tape in tuple(self._tapes):
-            tape.close(is_whole=False)
-        if self._thread.is_alive():
-            self._waiting.put(None)
+        with self._closing:
+            with self._lock:
+                was_closed, self._closed = self._closed, True
+            if not was_closed:
+                if patch is not None and Content.DIFF in self._keep:
+                    self._take(patch)
+                for tape in tuple(self._tapes):
+                    tape.close(is_whole=False)
+                self._pieces.put(None)
             self._thread.join()
-        if self._failure:
-            raise PayloadError(self._failure)
+            if self._failure:
+                raise PayloadError(self._failure)
 
     def _take(self, patch: Callable[[], bytes]) -> None:
-        about = "workspace"
         try:
             data = patch()
         except Exception as error:
@@ -118,27 +135,39 @@ class Contents:
             return
         if data:
             kept = data[: self._policy.keep_bytes]
-            self._waiting.put(_Piece(self._origin, Content.DIFF, kept, len(kept) == len(data), about))
+            with self._lock:
+                self._put(_Piece(self._origin, Content.DIFF, kept, len(kept) == len(data), "workspace"))
 
     # ---- its own thread ----
 
     def _run(self) -> None:
-        while (piece := self._waiting.get()) is not None:
+        while (piece := self._pieces.get()) is not None:
             try:
                 self._write(piece)
             except Exception as error:
                 self._fail(piece.content, error)
+            with self._room:
+                self._waiting -= len(piece.data)
+                self._room.notify_all()
         with self._lock:
             lost = self._lost
         if lost:
             why = f"more than {MAX_REFUSED} connections of this session were refused, or many at once"
             self._record(PayloadLost(Content.REFUSED_FLOW, lost, why))
+        safe: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._session.when_safe(safe.put)
+        problem = safe.get()
+        if problem is not None:
+            self._failure = self._failure or unwritable(problem)
 
     def _write(self, piece: _Piece) -> None:
         expires = int(time.time() + self._keep[piece.content])
-        digest = self._payloads.keep(piece.content, piece.data, expires=expires)
+        kept = self._payloads.keep(piece.content, piece.data, expires=expires)
+        size = len(piece.data)
         self._session.record(
-            PayloadKept(piece.origin, piece.content, digest, len(piece.data), piece.is_whole, piece.about, expires)
+            PayloadKept(
+                piece.origin, piece.content, kept.digest, size, piece.is_whole, piece.about, expires, kept.encrypted
+            )
         )
 
     def _fail(self, content: Content, error: Exception) -> None:

@@ -102,6 +102,13 @@ class Chronicle(Protocol):
     def tape(self, number: int, argv: Sequence[str], size: tuple[int, int] | None) -> Tape | None:
         """What takes the output of a command, where it is to be kept; whoever reads it writes it there too."""
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether so much waits to be kept that no more commands should be started before :meth:`catch_up`."""
+
+    def catch_up(self) -> None:
+        """Returns when less waits to be kept."""
+
     def close(self, layer: int) -> None:
         """Returns when all that is kept is durable: nothing is written to tapes any more, nor to the layer (-1 where
         that is gone)."""
@@ -259,9 +266,19 @@ class Core:
         """What is to be given all output of an exec, where it is kept. ``size``: of its terminal, rows and columns."""
         return None if self._chronicle is None else self._chronicle.tape(number, argv, size)
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether so much of what execs have written waits for the disk that more of them should wait for that too."""
+        return self._chronicle is not None and self._chronicle.is_behind
+
+    def catch_up(self) -> None:
+        """Waits for that."""
+        if self._chronicle is not None:
+            self._chronicle.catch_up()
+
     def close_chronicle(self) -> None:
-        """Waits until what is kept of it is durable. For when its execs and their tapes are over, and before its layer
-        is closed. May be called again. Raises PayloadError where something could not be kept."""
+        """Waits until what is kept of it, and that it is, is durable. For when its execs and their tapes are over, and
+        before its layer is closed. May be called again. Raises PayloadError where something could not be kept."""
         if self._chronicle is not None:
             self._chronicle.close(self.layer_fd)
 

@@ -207,11 +207,11 @@ class Process:
         self._close_input()
         for transport in self._transports:
             transport.close()
-        self._close_tape()
+        self._close_tape(is_whole=False)
 
-    def _close_tape(self) -> None:
+    def _close_tape(self, *, is_whole: bool) -> None:
         if self._tape is not None:
-            self._tape.close()
+            self._tape.close(is_whole=is_whole)
 
     def _close_input(self) -> None:
         self.close_stdin()
@@ -236,7 +236,7 @@ class Process:
 
     def _check_gone(self) -> None:
         if self._open_outputs == 0 and self._exit.done():
-            self._close_tape()
+            self._close_tape(is_whole=True)
             self._on_gone(self)
 
     async def _connect(self, name: str, fd: int) -> None:

@@ -92,6 +92,14 @@ class Recorder:
     def tape(self, number: int, argv: Sequence[str], size: tuple[int, int] | None) -> Tape | None:
         return None if self.contents is None else self.contents.tape(number, " ".join(argv)[:MAX_TITLE], size)
 
+    @property
+    def is_behind(self) -> bool:
+        return self.contents is not None and self.contents.is_behind
+
+    def catch_up(self) -> None:
+        if self.contents is not None:
+            self.contents.catch_up()
+
     def close(self, layer: int) -> None:
         if self.contents is not None:
             self.contents.close(partial(live_patch, self._prepared, layer) if layer >= 0 else None)

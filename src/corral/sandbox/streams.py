@@ -25,12 +25,24 @@ def make_pipe(uid: int, gid: int) -> tuple[int, int]:
 
 
 class Collector:
-    """Reads a pipe to its end and keeps the first ``limit`` bytes; the writer is never blocked by the limit."""
+    """Reads a pipe to its end and keeps the first ``limit`` bytes; the writer is never blocked by the limit.
 
-    def __init__(self, reactor: Reactor, fd: int, limit: int, on_data: Callable[[bytes], None] | None = None) -> None:
+    ``on_data`` sees what is kept, ``on_any`` all that comes.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        fd: int,
+        limit: int,
+        on_data: Callable[[bytes], None] | None = None,
+        on_any: Callable[[bytes], None] | None = None,
+    ) -> None:
         self.kept = bytearray()
         self.total = 0
-        self._reactor, self._fd, self._limit, self._on_data = reactor, fd, limit, on_data
+        self.has_ended = False
+        """Whether there is nobody any more who could write to it."""
+        self._reactor, self._fd, self._limit, self._on_data, self._on_any = reactor, fd, limit, on_data, on_any
         os.set_blocking(fd, False)
         reactor.add_reader(fd, self._read)
 
@@ -48,9 +60,12 @@ class Collector:
         except OSError:
             data = b""
         if not data:
+            self.has_ended = True
             self.close()
             return False
         self.total += len(data)
+        if self._on_any:
+            self._on_any(data)
         room = self._limit - len(self.kept)
         if room > 0:
             self.kept += data[:room]
