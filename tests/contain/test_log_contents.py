@@ -238,7 +238,7 @@ async def test_several_who_close_lose_nothing(make_box: MakeBox, log: Log) -> No
         box = await make_box(policy=policy, log=log)
         assert (await box.exec(["sh", "-c", "echo said; yes word | head -n 20000 >words"])).exit_code == 0
         first = asyncio.ensure_future(box.close())
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0)  # it has begun
         others = [asyncio.ensure_future(box.close()) for _ in range(2)]
         if impatient:
             first.cancel()
