@@ -276,6 +276,47 @@ def _diff(
         show_changes(layer, workspace_only=workspace_only, patch=patch, as_json=as_json)
 
 
+@app.command("apply")
+@guarded
+def _apply(
+    layer: Annotated[str | None, typer.Argument(metavar="[ID]", help="A kept layer [default: the last one].")] = None,
+    paths: Annotated[
+        list[str] | None, typer.Argument(metavar="[PATH]...", help="Only these paths, with all below.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be applied.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Do not ask, unless there is something that a person must look at.")
+    ] = False,
+    consent: Annotated[
+        str | None, typer.Option("--consent", metavar="HASH", help="Apply exactly what --dry-run has shown.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make what a run has changed real in the workspace: all of it, or nothing.
+
+    Refuses (exit code 1) where the workspace was changed since the run began.
+    Asks about files that make others execute things: hooks, rc files, CI."""
+    from corral.cli.apply import apply
+
+    sys.exit(apply(layer, paths or (), dry_run=dry_run, yes=yes, consent=consent, as_json=as_json))
+
+
+@app.command("undo")
+@guarded
+def _undo(
+    applied: Annotated[str | None, typer.Argument(metavar="[ID]", help="What was applied [default: last].")] = None,
+    list_all: Annotated[bool, typer.Option("--list", help="List what can be taken back instead.")] = False,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Keep it for good: drop the copies of what was there.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Take back what was applied, as long as it is unchanged."""
+    from corral.cli.apply import undo
+
+    undo(applied, list_all=list_all, forget=forget, as_json=as_json)
+
+
 @app.command("discard")
 @guarded
 def _discard(

@@ -11,7 +11,7 @@ from corral.errors import RequestError
 from corral.sandbox.changes import Change, ChangeKind
 from corral.sandbox.layer import KeptLayer, list_layers, open_layer
 
-_MARKS = {
+MARKS = {
     ChangeKind.ADDED: ("+", "green"),
     ChangeKind.CHANGED: ("~", "yellow"),
     ChangeKind.DELETED: ("-", "red"),
@@ -24,7 +24,8 @@ def _as_json(value: object) -> str:
     return json.dumps(value, default=lambda found: getattr(found, "value", str(found)))
 
 
-def _layer(name: str | None) -> KeptLayer:
+def layer_of(name: str | None) -> KeptLayer:
+    """The layer that is named, or the last that was kept. Raises RequestError where there is none."""
     if name is not None:
         return open_layer(name)
     kept = list_layers()
@@ -33,7 +34,8 @@ def _layer(name: str | None) -> KeptLayer:
     return kept[-1]
 
 
-def _detail(change: Change) -> str:
+def detail(change: Change) -> str:
+    """What is different."""
     if change.kind is ChangeKind.MODE:
         return f"{change.mode_before:04o} -> {change.mode_after:04o}"
     if change.kind is ChangeKind.OWNER:
@@ -47,7 +49,7 @@ def _detail(change: Change) -> str:
 
 def show_changes(name: str | None, *, workspace_only: bool, patch: bool, as_json: bool) -> None:
     """Prints the changes of a kept layer. Raises RequestError when there is no such layer."""
-    layer = _layer(name)
+    layer = layer_of(name)
     if patch:
         sys.stdout.flush()
         sys.stdout.buffer.write(layer.patch())
@@ -62,10 +64,10 @@ def show_changes(name: str | None, *, workspace_only: bool, patch: bool, as_json
 
     console = Console(soft_wrap=True)
     for change in changes:
-        mark, colour = _MARKS[change.kind]
+        mark, colour = MARKS[change.kind]
         kind = "" if change.file_type.value == "file" else f" ({change.file_type.value})"
         console.print(
-            Text(f"{mark} ", colour) + Text(printable(change.path)) + Text(f"{kind}  {_detail(change)}".rstrip(), "dim")
+            Text(f"{mark} ", colour) + Text(printable(change.path)) + Text(f"{kind}  {detail(change)}".rstrip(), "dim")
         )
     if not changes:
         console.print("no changes")

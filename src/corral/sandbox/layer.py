@@ -2,6 +2,7 @@
 
     <state>/layers/<id>/               mode 0700; id is the sandbox's
         meta.json                      what is told about it (format below)
+        existed, accepted              what was there of what it changes (corral.sandbox.apply.baseline)
         parts/workspace, parts/home... overlay upper directories, as `copying` stores them
     <state>/layers/partial-<pid>-<id>  one that is being built, or taken apart
 
@@ -19,7 +20,7 @@ import os
 import pwd
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -27,6 +28,8 @@ from typing import Any
 
 from corral.errors import CorralError, RequestError
 from corral.sandbox import paths
+from corral.sandbox.apply import baseline
+from corral.sandbox.apply.baseline import Baseline
 from corral.sandbox.changes import Change, changes
 from corral.sandbox.copying import Copied, Told, copy_parts
 from corral.sandbox.extent import is_empty
@@ -64,11 +67,40 @@ class KeptLayer:
     entries: int
     stripped: Told
     dropped: Told
+    began: int = 0
+    """When the run began, in nanoseconds since the epoch; 0 for one that was kept by an earlier version."""
+
+    @property
+    def baseline(self) -> Baseline:
+        """What the workspace was like then. Raises CorralError where that was not kept, or is damaged."""
+        with _opened(self.id) as directory:
+            try:
+                return baseline.read(directory, self.began)
+            except (OSError, ValueError) as error:
+                raise CorralError(f"layer {self.id}: what was there before it is not known: {error}") from None
+
+    def accept(self, marks: Mapping[str, str]) -> None:
+        """Remembers what is in the workspace, by path, and may be replaced by this layer. Raises CorralError."""
+        with _opened(self.id) as directory:
+            try:
+                baseline.accept(directory, {**baseline.read(directory, self.began).accepted, **marks})
+            except (OSError, ValueError) as error:
+                raise CorralError(f"layer {self.id}: cannot remember what was there: {error}") from None
+
+    @contextmanager
+    def reading(self) -> Iterator[int]:
+        """The directory of its parts, which nobody removes meanwhile. Raises RequestError when it was discarded."""
+        with _opened(self.id) as directory:
+            parts = _open_parts(directory)
+            try:
+                yield parts
+            finally:
+                os.close(parts)
 
     def changes(self) -> list[Change]:
         """What it changes, compared with the host as it is now. Raises RequestError when it was discarded."""
-        with _opened(self.id) as directory:
-            return self._changes(directory)
+        with self.reading() as parts:
+            return self._changes(parts)
 
     def patch(self) -> bytes:
         """The changes of the workspace as a unified diff for `git apply`, with the files' own characters.
@@ -77,28 +109,20 @@ class KeptLayer:
         """
         from corral.sandbox.patch import make_patch  # loads difflib
 
-        with _opened(self.id) as directory:
+        with self.reading() as parts:
             for part in self.parts:
                 if part.name == "workspace":
-                    parts = _open_parts(directory)
-                    try:
-                        listed = self._changes(directory, (part,))
-                        return os.fsencode(make_patch(_with_lowers(part), parts, self.owners, listed))
-                    finally:
-                        os.close(parts)
+                    listed = self._changes(parts, (part,))
+                    return os.fsencode(make_patch(_with_lowers(part), parts, self.owners, listed))
         return b""
 
     def discard(self) -> None:
         """Drops it; see :func:`discard`."""
         discard(self.id)
 
-    def _changes(self, directory: int, only: Sequence[Changeable] = ()) -> list[Change]:
-        fd = _open_parts(directory)
-        try:
-            parts = [_with_lowers(part) for part in only or self.parts]
-            return changes(parts, fd, self.owners, self.scaffold, special_modes=False)
-        finally:
-            os.close(fd)
+    def _changes(self, parts: int, only: Sequence[Changeable] = ()) -> list[Change]:
+        wanted = [_with_lowers(part) for part in only or self.parts]
+        return changes(wanted, parts, self.owners, self.scaffold, special_modes=False)
 
 
 def is_changed(prepared: Prepared, layer: int) -> bool:
@@ -136,8 +160,8 @@ def keep(prepared: Prepared, layer: int, *, command: str = "") -> KeptLayer | No
     if not is_changed(prepared, layer):
         return None
     view, owners, identifier = prepared.view, _owners(prepared), check_id(prepared.id)
-    count = len(changes(view.parts, layer, owners, view.scaffold))
-    if count == 0:
+    listed = changes(view.parts, layer, owners, view.scaffold)
+    if not listed:
         return None
     with _store() as store:
         name = f"partial-{os.getpid()}-{identifier}"
@@ -150,7 +174,8 @@ def keep(prepared: Prepared, layer: int, *, command: str = "") -> KeptLayer | No
                     copied = copy_parts(layer, parts, view.parts, owners, view.scaffold)
                 finally:
                     os.close(parts)
-                kept = _describe(prepared, owners, copied, count, command)
+                kept = _describe(prepared, owners, copied, len(listed), command)
+                baseline.write(directory, baseline.existing(prepared.directory, listed))
                 _write_meta(directory, kept)
                 _sync(directory)
                 os.rename(name, identifier, src_dir_fd=store, dst_dir_fd=store)
@@ -328,6 +353,7 @@ def _describe(prepared: Prepared, owners: OwnerMap, copied: Copied, count: int, 
         entries=copied.entries,
         stripped=copied.stripped,
         dropped=copied.dropped,
+        began=prepared.began,
     )
 
 
@@ -337,7 +363,7 @@ _NUMBERS = ("count", "size", "entries")
 
 def _write_meta(directory: int, kept: KeptLayer) -> None:
     data: dict[str, Any] = {"format": FORMAT, "id": kept.id}
-    data |= {name: getattr(kept, name) for name in (*_TEXTS, *_NUMBERS)}
+    data |= {name: getattr(kept, name) for name in (*_TEXTS, *_NUMBERS, "began")}
     data |= {
         "parts": [{"name": part.name, "path": part.path, "lowers": part.lowers} for part in kept.parts],
         "scaffold": sorted(kept.scaffold),
@@ -390,6 +416,7 @@ def _parse(data: Any, identifier: str) -> KeptLayer:
         owners=owners_from_json(_typed(data["owners"], list)),
         stripped=_told(data["stripped"]),
         dropped=_told(data["dropped"]),
+        began=_typed(data.get("began", 0), int),
     )
 
 

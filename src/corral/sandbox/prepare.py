@@ -6,6 +6,7 @@ import base64
 import functools
 import os
 import pwd
+import time
 from dataclasses import dataclass
 
 from corral.errors import RequestError
@@ -49,6 +50,8 @@ class Prepared:
     TCP of IPv6, DNS of IPv4, DNS of IPv6."""
     outlet: Outlet
     """What the gateway needs beside the policy."""
+    began: int
+    """Nanoseconds since the epoch: what is changed on the host from then on is changed during the run."""
 
 
 @functools.cache
@@ -187,6 +190,7 @@ def prepare(options: Options, *, gateway: bool | None = None) -> Prepared:
             owner.st_uid,
             gateway,
             outlet,
+            time.time_ns(),
         )
     except BaseException:
         identity.release()

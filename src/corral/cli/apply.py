@@ -1,0 +1,163 @@
+"""`corral apply` and `corral undo`: what a run has changed becomes real, once a person has seen it; and back."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from corral.cli.diff import MARKS, detail, layer_of
+from corral.cli.foreground import complain, printable
+from corral.errors import RequestError
+from corral.sandbox.apply import journal as journals
+from corral.sandbox.apply.applying import recover
+from corral.sandbox.apply.proposal import Entry, Proposal, propose
+from corral.sandbox.apply.undo import undo as take_back
+
+CONFLICT = 1
+"""The exit code where somebody else has changed what would be changed."""
+
+
+def apply(
+    name: str | None, paths: Sequence[str], *, dry_run: bool, yes: bool, consent: str | None, as_json: bool
+) -> int:
+    """Shows what would be applied, asks, and applies it. Returns the exit code."""
+    layer = layer_of(name)
+    proposal = propose(layer, [os.path.relpath(os.path.abspath(path), layer.workspace) for path in paths])
+    if as_json and dry_run:
+        print(json.dumps(_to_json(proposal)))
+        return CONFLICT if proposal.conflicts else 0
+    if not as_json:
+        _show(proposal)
+    if proposal.conflicts:
+        for conflict in proposal.conflicts:
+            complain(f"conflict: {conflict}")
+        complain("nothing was applied; name the paths to apply, or use `corral diff --patch` and merge by hand")
+        return CONFLICT
+    if not proposal.steps:
+        complain("there is nothing to apply")
+        return 0
+    if dry_run:
+        print(f"{proposal.hash}: pass this as --consent to apply exactly this")
+        return 0
+    journal = proposal.apply(_consent(proposal, yes=yes, given=consent), progress=_progress_bar())
+    if as_json:
+        print(json.dumps({"applied": journal.id, "layer": layer.id, "changes": len(proposal.entries)}))
+    else:
+        print(f"applied; `corral undo {journal.id}` takes it back, `corral discard {layer.id}` drops the layer")
+    return 0
+
+
+def _consent(proposal: Proposal, *, yes: bool, given: str | None) -> str:
+    """The hash that a person has consented to. Raises RequestError where none has."""
+    if given is not None:
+        return given
+    risky = len(proposal.risky)
+    if yes and not risky:
+        return proposal.hash
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        why = f"{risky} of these changes must be looked at (marked !)" if risky else "nobody can be asked here"
+        raise RequestError(f"{why}: look at `corral apply --dry-run`, and pass --consent with the hash that it prints")
+    what = f"{len(proposal.entries)} change{'s' if len(proposal.entries) != 1 else ''}"
+    if not yes and not _ask(f"Apply {what} to {proposal.layer.workspace}? [y/N] "):
+        raise RequestError("not applied")
+    if risky and not _ask(f"{risky} of them can make others execute things, or mislead (marked !). Apply? [y/N] "):
+        raise RequestError("not applied")
+    return proposal.hash
+
+
+def _ask(question: str) -> bool:
+    sys.stderr.write(printable(question))
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _show(proposal: Proposal) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(soft_wrap=True)
+    for entry in proposal.entries:
+        change = entry.change
+        mark, colour = MARKS[change.kind]
+        kind = "" if change.file_type.value == "file" else f" ({change.file_type.value})"
+        line = Text(f"{mark} ", colour) + Text(printable(entry.path))
+        console.print(line + Text(f"{kind}  {detail(change)}".rstrip(), "dim"))
+        for reason in entry.reasons:
+            console.print(Text(f"  ! {printable(reason)}", "bold red"))
+    for left in proposal.left_out:
+        console.print(Text(f"  left out: {printable(left)}", "dim"))
+
+
+def _to_json(proposal: Proposal) -> dict[str, object]:
+    return {
+        "layer": proposal.layer.id,
+        "workspace": proposal.layer.workspace,
+        "consent": proposal.hash,
+        "changes": [_row(entry) for entry in proposal.entries],
+        "conflicts": list(proposal.conflicts),
+        "left_out": list(proposal.left_out),
+    }
+
+
+def _row(entry: Entry) -> dict[str, object]:
+    change = entry.change
+    return {
+        "path": entry.path,
+        "kind": change.kind.value,
+        "type": change.file_type.value,
+        "reasons": list(entry.reasons),
+        "below": change.entries,
+    }
+
+
+def _progress_bar() -> Callable[[int, int], None]:
+    if not sys.stderr.isatty():
+        return lambda done, total: None
+    from rich.console import Console
+    from rich.progress import Progress
+
+    bar = Progress(console=Console(stderr=True), transient=True)
+    task = bar.add_task("applying", total=None)
+
+    def show(done: int, total: int) -> None:
+        if not bar.live.is_started:
+            bar.start()
+        bar.update(task, completed=done, total=total)
+        if done == total:
+            bar.stop()
+
+    return show
+
+
+def undo(identifier: str | None, *, list_all: bool, forget: bool, as_json: bool) -> None:
+    """Takes back what was applied last, or under an id; or lists what there is; or forgets it."""
+    recover()
+    done = [journal for journal in journals.journals() if not journal.undoes]
+    if list_all:
+        rows = [
+            {"id": each.id, "layer": each.layer, "created": each.created, "workspace": each.workspace} for each in done
+        ]
+        if as_json:
+            print(json.dumps(rows))
+        for each in () if as_json else done:
+            print(printable(f"{each.id}  {each.created}  layer {each.layer}  {each.workspace}"))
+        return
+    if identifier is None:
+        if not done:
+            raise RequestError("nothing is applied that could be taken back")
+        identifier = done[-1].id
+    with _told(as_json, identifier, "forgotten" if forget else "taken back"):
+        if forget:
+            with journals.locked(identifier, wait=False):
+                journals.forget(identifier)
+        else:
+            take_back(identifier, progress=_progress_bar())
+
+
+@contextmanager
+def _told(as_json: bool, identifier: str, what: str) -> Iterator[None]:
+    yield
+    print(json.dumps({"id": identifier, "done": what}) if as_json else f"{what}: {identifier}")

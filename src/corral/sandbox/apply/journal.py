@@ -1,0 +1,210 @@
+"""The journal of applying: on disk before anything is touched, so that what a crash left can be taken back.
+
+    <state>/applies/<id>/           mode 0700; locked (flock) by whoever is at it
+        journal.json                what, and how far (format below); replaced at once
+        before/<number>             copies of what was there, for taking it back
+
+Beside the workspace's own files, on their file system, lies ``.corral-<id>`` meanwhile, in which what is new waits and
+what was there before is put.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+from corral.errors import CorralError, RequestError
+from corral.log.tiles import write_file
+from corral.sandbox import paths
+from corral.sandbox.trees import OPEN_DIRECTORY, remove_tree
+
+FORMAT = 1
+MAX_JOURNAL = 256 << 20
+JOURNAL = "journal.json"
+BEFORE = "before"
+_ID = re.compile(r"[a-z2-7]{8}")
+_SUM = re.compile(r"[0-9a-f]{64}")
+
+
+class Phase(Enum):
+    """How far it has come."""
+
+    PREPARING = "preparing"
+    """Nothing was touched."""
+    SWAPPING = "swapping"
+    """Anything may have been."""
+    DONE = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One entry that becomes another."""
+
+    path: str
+    """Relative to the workspace; bytes that are not UTF-8 as surrogate escapes."""
+    before: str | None
+    """Its mark (:mod:`corral.sandbox.apply.marks`), or None where there is to be nothing."""
+    after: str | None
+    is_own: bool = False
+    """Only the directory itself changes, not what lies in it; then the marks are without that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """What is applied, or was."""
+
+    id: str
+    layer: str
+    workspace: str
+    created: str
+    """UTC, ISO 8601."""
+    phase: Phase
+    steps: tuple[Step, ...]
+    undoes: str = ""
+    """The id of what it takes back, if it does."""
+
+    @property
+    def staging(self) -> str:
+        """What the directory in the workspace is called."""
+        return f".corral-{self.id}"
+
+
+def store() -> str:
+    """Where journals are. Raises CorralError."""
+    path = os.path.join(paths.state_directory(), "applies")
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise CorralError(f"{path}: {error.strerror}") from None
+    return path
+
+
+def ids() -> list[str]:
+    """Of all that there are."""
+    return sorted(name for name in os.listdir(store()) if _ID.fullmatch(name))
+
+
+@contextmanager
+def locked(identifier: str, *, make: bool = False, wait: bool = True) -> Iterator[int]:
+    """Its directory, which nobody else is at meanwhile. Raises RequestError where there is none, or somebody is."""
+    if not _ID.fullmatch(identifier):
+        raise RequestError(f"{identifier!r} is not the id of anything that was applied")
+    path = os.path.join(store(), identifier)
+    try:
+        if make:
+            os.mkdir(path, 0o700)
+        directory = os.open(path, OPEN_DIRECTORY)
+    except OSError as error:
+        raise RequestError(f"{identifier}: there is nothing of that id that was applied: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise RequestError(f"{identifier}: somebody is at it") from None
+        if not os.path.exists(path) or not os.path.samestat(os.stat(path), os.fstat(directory)):
+            raise RequestError(f"{identifier}: there is nothing of that id any more")
+        yield directory
+    finally:
+        os.close(directory)
+
+
+@contextmanager
+def alone_in(workspace: str) -> Iterator[None]:
+    """Nobody else of this user applies anything to a workspace meanwhile. Waits for that."""
+    import hashlib
+
+    name = hashlib.sha256(os.fsencode(workspace)).hexdigest()[:32]
+    fd = os.open(os.path.join(store(), f"lock-{name}"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def write(journal: Journal) -> None:
+    """Replaces it, durably. Raises CorralError."""
+    data = asdict(journal) | {"format": FORMAT, "phase": journal.phase.value}
+    data["steps"] = [[step.path, step.before, step.after, step.is_own] for step in journal.steps]
+    content = json.dumps(data).encode("ascii")
+    if len(content) > MAX_JOURNAL:
+        raise CorralError("these are too many changes to apply at once; apply some paths after others")
+    from pathlib import Path
+
+    try:
+        write_file(Path(store()) / journal.id / JOURNAL, content, mode=0o600)
+    except OSError as error:
+        raise CorralError(f"cannot write the journal: {error.strerror}") from None
+
+
+def read(directory: int, identifier: str) -> Journal:
+    """Raises CorralError for what is damaged."""
+    try:
+        fd = os.open(JOURNAL, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+        with open(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ValueError("it is no file")
+            return _parse(json.loads(file.read(MAX_JOURNAL + 1)), identifier)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CorralError(f"the journal of {identifier} is damaged: {error}") from None
+
+
+def journals() -> list[Journal]:
+    """All that are done, oldest first; those that cannot be understood are left out."""
+    found = []
+    for identifier in ids():
+        with suppress(CorralError):
+            directory = os.open(os.path.join(store(), identifier), OPEN_DIRECTORY)
+            try:
+                found.append(read(directory, identifier))
+            finally:
+                os.close(directory)
+    return sorted((each for each in found if each.phase is Phase.DONE), key=lambda each: (each.created, each.id))
+
+
+def forget(identifier: str) -> None:
+    """Removes it, and the copies of what was there. Raises CorralError."""
+    parent = os.open(store(), OPEN_DIRECTORY)
+    try:
+        remove_tree(parent, identifier)
+        os.fsync(parent)
+    except OSError as error:
+        raise CorralError(f"{identifier}: cannot remove it: {error.strerror}") from None
+    finally:
+        os.close(parent)
+
+
+def _parse(data: Any, identifier: str) -> Journal:
+    if data["format"] != FORMAT or data["id"] != identifier:
+        raise ValueError("it is of another version of Corral, or of another id")
+    texts = [data[name] for name in ("layer", "workspace", "created", "undoes")]
+    if not all(type(text) is str for text in texts) or not os.path.isabs(data["workspace"]):
+        raise ValueError("it names no workspace")
+    layer, workspace, created, undoes = texts
+    return Journal(identifier, layer, workspace, created, Phase(data["phase"]), _steps(data["steps"]), undoes)
+
+
+def _steps(rows: Sequence[Any]) -> tuple[Step, ...]:
+    steps = []
+    for path, before, after, is_own in rows:
+        components(path)
+        if type(is_own) is not bool or not all(each is None or _SUM.fullmatch(each) for each in (before, after)):
+            raise ValueError("a step is none")
+        steps.append(Step(path, before, after, is_own))
+    return tuple(steps)
+
+
+def components(path: str) -> list[str]:
+    """Of a path below the workspace; none for the workspace itself. Raises ValueError for one that leads elsewhere."""
+    parts = path.split("/") if path else []
+    if any(part in ("", ".", "..") or "\0" in part for part in parts):
+        raise ValueError(f"{path!r} is not below the workspace")
+    return parts
