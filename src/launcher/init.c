@@ -197,6 +197,7 @@ static void answer(int control)
         break;
     case REQUEST_STOP_ALL:
         kill(-1, SIGSTOP);
+        must_send(control, &(struct report){.type = REPORT_STOPPED}); /* of no exec: every process has it to obey */
         break;
     case REQUEST_CONTINUE_ALL:
         /* Twice: a terminal's leader (command.c) that goes on before its command still sees that stopped, and follows

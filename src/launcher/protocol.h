@@ -36,7 +36,7 @@ enum report_type {
     REPORT_FAILED = 17,      /* text: step; detail; error: errno. Nothing was run. */
     REPORT_EXEC_FAILED = 18, /* text: stage; error: errno; REPORT_EXITED follows */
     REPORT_EXITED = 19,      /* status: wait status; values: rusage */
-    REPORT_STOPPED = 20,     /* the terminal's job was stopped; status: signal */
+    REPORT_STOPPED = 20,     /* the terminal's job was stopped; status: signal. Of id 0: REQUEST_STOP_ALL is done */
     REPORT_ENDED = 21,       /* the sandbox is gone and cleaned up; status: enum end_reason */
     REPORT_LISTENER = 22,    /* descriptors: the seccomp listener (seccomp_unotify(2)), the deputy's socket (deputy.h) */
 };

@@ -192,6 +192,8 @@ class Core:
         if self.layer_fd >= 0:
             os.close(self.layer_fd)
             self.layer_fd = -1
+        if self.prepared.base is not None:
+            self.prepared.base.close()
 
     def _start_overdue(self) -> None:
         if self.state is State.LAUNCHING:
@@ -328,7 +330,9 @@ class Core:
 
     def frozen(self) -> bool:
         """Whether all have stopped since :meth:`freeze`."""
-        return self.state is State.FROZEN and self._freezer.has_stopped(self.supervision.waiting_threads())
+        if self.state is not State.FROZEN:
+            return False
+        return self._freezer.has_stopped(self.keeper, self.supervision.waiting_threads())
 
     def thaw(self) -> None:
         """Lets all go on."""
@@ -372,6 +376,8 @@ class Core:
             self._ready(report)
         elif report.type is ReportType.LISTENER:
             self._supervise(report)
+        elif report.type is ReportType.STOPPED and report.id == 0:
+            self._freezer.confirm()
         elif report.type is ReportType.FAILED:
             self._failure = WallError(report.step, report.detail, report.error)
         elif report.type is ReportType.ENDED:

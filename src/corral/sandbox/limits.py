@@ -86,7 +86,7 @@ def refusals_for(resources: Resources, groups: Groups) -> tuple[Refusal, ...]:
     return refusals
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
     found: list[int] = []
     try:
         for task in os.listdir(f"{_PROC}/{pid}/task"):
@@ -100,11 +100,11 @@ def _children(pid: int) -> list[int]:
 def descendants(pid: int) -> list[int]:
     """All processes below ``pid``. A sandbox's orphans are its first process's children, so none is missed for long."""
     found: list[int] = []
-    pending = _children(pid)
+    pending = children(pid)
     while pending:
         current = pending.pop()
         found.append(current)
-        pending += _children(current)
+        pending += children(current)
     return found
 
 
