@@ -23,7 +23,8 @@ from corral.sandbox import layer
 from corral.sandbox.changes import Change, ChangeKind, FileType
 from corral.sandbox.core import Core, Exit
 from corral.sandbox.extent import measure
-from corral.sandbox.layer import KeptLayer, discard, is_changed, keep, list_layers, live_changes, open_layer
+from corral.sandbox.keeping import keep
+from corral.sandbox.layer import KeptLayer, discard, is_changed, list_layers, live_changes, open_layer
 from corral.sandbox.options import Options
 from corral.sandbox.prepare import prepare
 from corral.sandbox.trees import remove_tree

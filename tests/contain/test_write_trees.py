@@ -10,7 +10,8 @@ import pytest
 from corral import Policy, RequestError
 from corral.policy.model import Filesystem
 from corral.sandbox.changes import ChangeKind
-from corral.sandbox.layer import keep, open_layer
+from corral.sandbox.keeping import keep
+from corral.sandbox.layer import open_layer
 from tests.contain.conftest import MakeBox
 
 

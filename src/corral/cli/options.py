@@ -40,6 +40,7 @@ RUN_OPTIONS = (
     Option("label", "", "TEXT", False, "What `corral ps` shows beside the id."),
     Option("terminal", "t", "", False, "Give the command a terminal even where stdin or stdout is none."),
     Option("no-terminal", "T", "", False, "Give the command pipes even on a terminal."),
+    Option("on", "", "LAYER", False, "Begin on a kept layer: go on where that run ended."),
     Option("discard", "", "", False, "Drop all changes at the end instead of keeping them as a layer."),
     Option("record", "", "FILE", False, "Write every decision to a new file (JSON lines, at most 1 GiB)."),
     Option(

@@ -122,6 +122,7 @@ def read_options(arguments: Arguments) -> tuple[Options, list[tuple[int, str, in
         command=arguments.command[0],
         environment=os.environ,
         label=arguments.values.get("label", " ".join(arguments.command)[:200]),
+        on=arguments.values.get("on"),
     )
     return options, services
 
@@ -292,7 +293,7 @@ class _Run:
             return None
         if not is_touched(core.prepared.view, core.layer_fd):
             return None
-        from corral.sandbox.layer import keep
+        from corral.sandbox.keeping import keep
 
         return keep(core.prepared, core.layer_fd)
 

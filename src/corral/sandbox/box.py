@@ -12,10 +12,12 @@ without one.
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
@@ -28,11 +30,12 @@ from corral.sandbox.changes import Change, changes
 from corral.sandbox.core import Core, Exit, State
 from corral.sandbox.denials import stderr_line
 from corral.sandbox.files import READ_LIMIT, Download, FileInfo, Files
-from corral.sandbox.layer import KeptLayer, keep
+from corral.sandbox.keeping import keep
+from corral.sandbox.layer import KeptLayer
 from corral.sandbox.limits import Rlimits
 from corral.sandbox.options import Listener, Options, user_id
 from corral.sandbox.ownership import owner_map
-from corral.sandbox.prepare import prepare
+from corral.sandbox.prepare import new_id, prepare
 from corral.sandbox.process import Process
 from corral.sandbox.results import ExecResult, Stats
 from corral.sandbox.stats import read_stats
@@ -52,6 +55,7 @@ class Sandbox:
     ``listeners`` are TCP ports inside that this process accepts on (see :attr:`listeners`). ``keep`` decides whether
     changes outlive the sandbox as a layer (see :attr:`kept`). What happens is recorded in ``log``, which several
     sandboxes may share and which the caller closes; if it cannot be, the sandbox ends.
+    It begins ``on`` a kept layer of the same workspace, or on the host as it is.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Sandbox:
         keep: bool = False,
         label: str = "",
         log: Log | None = None,
+        on: KeptLayer | None = None,
     ) -> None:
         self._log = log
         hidden: tuple[str, ...] = ()
@@ -83,9 +88,15 @@ class Sandbox:
             listeners=tuple(listeners),
             environment=os.environ if environment is None else environment,
             label=label,
+            on=on.id if on is not None else None,
             hidden=hidden,
         )
         self._keep = keep
+        self._reset()
+
+    def _reset(self) -> None:
+        """Nothing has run yet."""
+        self._last = ""
         self._core: Core | None = None
         self._ended = asyncio.Event()
         self._closing: asyncio.Task[None] | None = None
@@ -144,7 +155,10 @@ class Sandbox:
             process.release()
         self._processes.clear()
         registry.unregister(core)
-        await asyncio.to_thread(self._put_away, core)
+        if self._log is None and not self._keep:
+            core.close_layer()
+        else:
+            await asyncio.to_thread(self._put_away, core)
 
     def _put_away(self, core: Core) -> None:
         """In one thread to its end, so that nothing can close the layer under it."""
@@ -183,6 +197,63 @@ class Sandbox:
                 self.core.kill("it could not be frozen")
                 raise SandboxClosed("it could not be frozen")
             await asyncio.sleep(0.001)
+
+    async def snapshot(self, name: str = "") -> KeptLayer:
+        """Keeps its files as they are at this moment as a layer, on which others can begin. Everything stands still
+        meanwhile. Raises CorralError where that cannot be."""
+        was_frozen = self.core.state is State.FROZEN
+        if not was_frozen:
+            await self.freeze()
+        try:
+            kept = await asyncio.to_thread(
+                keep,
+                self.core.prepared,
+                self.core.layer_fd,
+                identifier=new_id(),
+                name=name,
+                parent=self._last,
+                unchanged=True,
+            )
+        finally:
+            if not was_frozen:
+                await self.thaw()
+        assert kept is not None  # noqa: S101  # it is also kept where nothing is changed
+        self._last = kept.id
+        return kept
+
+    async def fork(self, count: int = 1) -> list[Sandbox]:
+        """Starts others that begin with the files that this one has now: each has its own processes, network and ids.
+        What none of them writes they share. The caller closes them. Raises as :meth:`snapshot` and :meth:`start`."""
+        snapshot = await self.snapshot()
+        boxes = [self._another(snapshot) for _ in range(count)]
+        try:
+            for box in boxes:
+                await box.start()
+        except BaseException:
+            for box in boxes:
+                await box.close()
+            raise
+        finally:
+            await asyncio.to_thread(snapshot.discard)  # they still read it; its files go when the last of them ends
+        return boxes
+
+    def _another(self, layer: KeptLayer) -> Sandbox:
+        box = copy.copy(self)
+        box._options = replace(self._options, on=layer.id)
+        box._reset()
+        return box
+
+    async def restore(self, layer: KeptLayer) -> None:
+        """Goes back to the files of a layer, or on to them: everything inside ends, and what it has changed since is
+        dropped. What runs then is another sandbox, with an id of its own, in place of this one."""
+        after = self._another(layer)
+        await after.start()
+        self._keep, kept = False, self._keep
+        try:
+            await self.close()
+        finally:
+            self.__dict__.update(after.__dict__)
+            self._keep = kept
 
     async def thaw(self) -> None:
         """Lets every process go on."""

@@ -19,7 +19,7 @@ from corral.diskspace import KEEP_SHARE, spare_bytes
 from corral.errors import CorralError
 from corral.sandbox import asowner
 from corral.sandbox.compare import join, user_xattrs
-from corral.sandbox.ownership import NOBODY, Ids, OwnerMap
+from corral.sandbox.ownership import NOBODY, SAME_IDS, Ids, OwnerMap
 from corral.sandbox.trees import (
     OPAQUE,
     OPEN_DIRECTORY,
@@ -101,32 +101,39 @@ def copy_parts(
     parts: Sequence[Changeable],
     owners: OwnerMap,
     scaffold: Collection[str],
+    *,
+    base: int = -1,
 ) -> Copied:
     """Copies each part of the layer into a directory of its name in ``target``, which is empty.
 
-    Raises CorralError where there is too little room, or a file cannot be read; OSError where writing fails.
+    ``base`` is the directory of the parts of a kept layer on which this one was begun: its files are linked there
+    first, and the layer is laid over them, as the overlay does it. Raises CorralError where there is too little room,
+    or a file cannot be read; OSError where writing fails.
     """
     try:
         ids = owners.upper if os.geteuid() == 0 else None
-        return _copy(layer, target, parts, ids, scaffold, raise_unreadable=os.geteuid() != 0)
+        return _copy(layer, target, parts, ids, scaffold, base, raise_unreadable=os.geteuid() != 0)
     except Unreadable:
         for name in os.listdir(target):
             remove_tree(target, name)
         request = {
             "layer": layer,
             "target": target,
-            "parts": [[part.name, part.path, part.lowers] for part in parts],
+            "base": base,
+            "parts": [[part.name, part.path, part.lowers, part.base] for part in parts],
             "scaffold": list(scaffold),
         }
-        answer = asowner.call("copy", (layer, target), request, owners.namespace())
+        fds = (layer, target, *([base] if base >= 0 else []))
+        answer = asowner.call("copy", fds, request, owners.namespace())
         stripped, dropped = Told(**answer["stripped"]), Told(**answer["dropped"])
         return Copied(answer["bytes"], answer["entries"], stripped, dropped)
 
 
 def serve(request: dict[str, Any]) -> Any:
     """:func:`copy_parts` in a helper process."""
-    parts = [Changeable(name, path, tuple(lowers)) for name, path, lowers in request["parts"]]
-    return asdict(_copy(request["layer"], request["target"], parts, None, set(request["scaffold"])))
+    parts = [Changeable(name, path, tuple(lowers), below) for name, path, lowers, below in request["parts"]]
+    scaffold = set(request["scaffold"])
+    return asdict(_copy(request["layer"], request["target"], parts, None, scaffold, request["base"]))
 
 
 def _copy(
@@ -135,6 +142,7 @@ def _copy(
     parts: Sequence[Changeable],
     ids: Ids | None,
     scaffold: Collection[str],
+    base: int,
     *,
     raise_unreadable: bool = False,
 ) -> Copied:
@@ -145,16 +153,21 @@ def _copy(
     try:
         for part in parts:
             os.mkdir(part.name, 0o700, dir_fd=target)
-            roots: list[int] = []
-            try:
-                for parent in (layer, target):
-                    roots.append(os.open(part.name, OPEN_DIRECTORY, dir_fd=parent))
-                status = os.fstat(roots[0])
-                with Walk({UPPER: roots[0], _COPY: roots[1]}, part.path, raise_unreadable=raise_unreadable) as walk:
-                    _Copier(part, walk, links, ids, scaffold, room, copied).run(status)
-            finally:
-                for fd in roots:
-                    os.close(fd)
+            whole = part.without_base()
+            sources = [(base, SAME_IDS if ids is not None else None)] if part.base and base >= 0 else []
+            for source, owners in (*sources, (layer, ids)):
+                roots: list[int] = []
+                try:
+                    for parent in (source, target):
+                        roots.append(os.open(part.name, OPEN_DIRECTORY, dir_fd=parent))
+                    status = os.fstat(roots[0])
+                    trees = {UPPER: roots[0], _COPY: roots[1]}
+                    with Walk(trees, part.path, raise_unreadable=raise_unreadable) as walk:
+                        which = {"is_base": source == base, "is_over": bool(sources) and source != base}
+                        _Copier(whole, walk, links, owners, scaffold, room, copied, **which).run(status)
+                finally:
+                    for fd in roots:
+                        os.close(fd)
     finally:
         os.close(links)
     remove_tree(target, _LINKS)
@@ -173,7 +186,13 @@ class _Copier:
         scaffold: Collection[str],
         room: Room,
         copied: Copied,
+        *,
+        is_base: bool = False,
+        is_over: bool = False,
     ) -> None:
+        """``is_base`` is what need not be copied, because nobody changes it: files of a kept layer; ``is_over`` what
+        lies over that."""
+        self._is_base, self._is_over = is_base, is_over
         self._part = part
         self._walk = walk
         self._links = links
@@ -212,19 +231,22 @@ class _Copier:
             return
         path = join(walk.current.path, name)
         target = walk.current.fds[_COPY]
-        if is_whiteout(status) and self._part.lowers:
-            self._copy_whiteout(target, name)
-            return
         kind = stat.S_IFMT(status.st_mode)
+        if kind == stat.S_IFREG and path in self._scaffold and status.st_size == 0:
+            return
+        merges = self._replace(target, name, kind)
+        if is_whiteout(status) and (self._part.lowers or self._is_over):
+            if self._part.lowers:
+                self._copy_whiteout(target, name)
+            return
         if kind not in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO):
             self._copied.dropped.add(path)
-            return
-        if kind == stat.S_IFREG and path in self._scaffold and status.st_size == 0:
             return
         self._copied.entries += path not in self._scaffold
         if kind == stat.S_IFDIR:
             self._room.take(4096)
-            os.mkdir(name, 0o700, dir_fd=target)
+            if not merges:
+                os.mkdir(name, 0o700, dir_fd=target)
             if walk.enter(name, path, (UPPER, _COPY)) and _COPY in walk.current.fds:
                 walk.current.status = status
                 walk.current.names = iter(walk.list(UPPER))
@@ -243,6 +265,23 @@ class _Copier:
             self._finish_name(target, name, status)
             # Freshly made in a directory of our own, so it cannot be a link.
             os.chmod(name, status.st_mode & 0o777, dir_fd=target)
+
+    def _replace(self, target: int, name: str, kind: int) -> bool:
+        """Removes what the base has there, unless both are directories that are merged. Whether they are."""
+        try:
+            below = os.stat(name, dir_fd=target, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        if kind == stat.S_IFDIR and stat.S_ISDIR(below.st_mode):
+            fd = self._walk.open(UPPER, name, OPEN_DIRECTORY)
+            try:
+                if fd >= 0 and not is_opaque(fd):
+                    return True
+            finally:
+                if fd >= 0:
+                    os.close(fd)
+        remove_tree(target, name)
+        return False
 
     def _copy_whiteout(self, target: int, name: str) -> None:
         self._copied.entries += 1
@@ -268,6 +307,8 @@ class _Copier:
             if not stat.S_ISREG(status.st_mode):
                 self._copied.dropped.add(path)
                 return
+            if self._is_base and self._link_to_base(name, target):
+                return
             link = f"{status.st_dev}-{status.st_ino}" if status.st_nlink > 1 else ""
             if link and self._link(link, name, target):
                 return
@@ -286,6 +327,16 @@ class _Copier:
                     os.link(name, link, src_dir_fd=target, dst_dir_fd=self._links)
         finally:
             os.close(source)
+
+    def _link_to_base(self, name: str, target: int) -> bool:
+        self._room.take(0)
+        try:
+            os.link(name, name, src_dir_fd=self._walk.current.fds[UPPER], dst_dir_fd=target, follow_symlinks=False)
+        except OSError as error:
+            if error.errno != errno.EMLINK:
+                raise
+            return False
+        return True
 
     def _link(self, link: str, name: str, target: int) -> bool:
         """Makes ``name`` a hard link to the copy that was made of the same file before, if there is one."""
@@ -340,6 +391,8 @@ class _Copier:
         """Owner, mode, attributes and times of a file or directory, as far as they may be stored."""
         stripped = bool(status.st_mode & (stat.S_ISUID | stat.S_ISGID))
         wanted = user_xattrs(source)
+        for name in user_xattrs(fd).keys() - wanted.keys():  # of the base's directory
+            os.removexattr(fd, name)
         for name, value in wanted.items():
             try:
                 os.setxattr(fd, name, value)

@@ -8,8 +8,8 @@
 
 Keeping: everything is written into the partial directory, then synced (syncfs), then renamed into place; so a layer
 that has its name is whole, after a crash too. Discarding: renamed to a partial name first, so that nobody finds it any
-more, then removed once its last reader is done. Whoever reads or builds holds a lock (flock) on the directory; a
-partial one that nobody holds and whose process is dead is removed by :func:`reap_partials`.
+more, then removed, by whoever comes by when its last reader is done. Whoever reads or builds holds a lock (flock) on
+the directory; a partial one that nobody holds and whose process is dead is removed by :func:`reap_partials`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import pwd
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Any
 
 from corral.errors import CorralError, RequestError
@@ -31,10 +29,10 @@ from corral.sandbox import paths
 from corral.sandbox.apply import baseline
 from corral.sandbox.apply.baseline import Baseline
 from corral.sandbox.changes import Change, changes
-from corral.sandbox.copying import Copied, Told, copy_parts
+from corral.sandbox.copying import Told
 from corral.sandbox.extent import is_empty
 from corral.sandbox.image import system_image
-from corral.sandbox.ownership import SAME_IDS, OwnerMap, owner_map, owners_from_json, owners_to_json
+from corral.sandbox.ownership import OwnerMap, owner_map, owners_from_json, owners_to_json
 from corral.sandbox.prepare import Prepared
 from corral.sandbox.trees import OPEN_DIRECTORY, remove_tree
 from corral.sandbox.view import Changeable
@@ -42,6 +40,8 @@ from corral.sandbox.view import Changeable
 FORMAT = 1
 MAX_META = 4 << 20
 _ID = re.compile(r"[a-z2-7]{8}")
+_NOBODY = 0
+"""The process of a partial one that is not being built."""
 _PARTIAL = re.compile(r"partial-([0-9]{1,10})-[a-z2-7]{8}")
 
 
@@ -68,12 +68,17 @@ class KeptLayer:
     stripped: Told
     dropped: Told
     began: int = 0
-    """When the run began, in nanoseconds since the epoch; 0 for one that was kept by an earlier version."""
+    """When the run began, in nanoseconds since the epoch; 0 for one that was kept by an earlier version. Of one that
+    was begun on another layer, when that one's began."""
+    name: str = ""
+    """What somebody has called it."""
+    parent: str = ""
+    """The layer that it was begun on, or the snapshot before it; which need not be there any more."""
 
     @property
     def baseline(self) -> Baseline:
         """What the workspace was like then. Raises CorralError where that was not kept, or is damaged."""
-        with _opened(self.id) as directory:
+        with opened(self.id) as directory:
             try:
                 return baseline.read(directory, self.began)
             except (OSError, ValueError) as error:
@@ -81,7 +86,7 @@ class KeptLayer:
 
     def accept(self, marks: Mapping[str, str]) -> None:
         """Remembers what is in the workspace, by path, and may be replaced by this layer. Raises CorralError."""
-        with _opened(self.id) as directory:
+        with opened(self.id) as directory:
             try:
                 baseline.accept(directory, {**baseline.read(directory, self.began).accepted, **marks})
             except (OSError, ValueError) as error:
@@ -90,8 +95,8 @@ class KeptLayer:
     @contextmanager
     def reading(self) -> Iterator[int]:
         """The directory of its parts, which nobody removes meanwhile. Raises RequestError when it was discarded."""
-        with _opened(self.id) as directory:
-            parts = _open_parts(directory)
+        with opened(self.id) as directory:
+            parts = open_parts(directory)
             try:
                 yield parts
             finally:
@@ -132,7 +137,7 @@ def is_changed(prepared: Prepared, layer: int) -> bool:
 
 def live_changes(prepared: Prepared, layer: int) -> list[Change]:
     """The changes of a sandbox that may still run: consistent for what nobody changes meanwhile."""
-    return changes(prepared.view.parts, layer, _owners(prepared), prepared.view.scaffold)
+    return changes(prepared.view.parts, layer, owners_of(prepared), prepared.view.scaffold)
 
 
 def live_patch(prepared: Prepared, layer: int) -> bytes:
@@ -142,7 +147,7 @@ def live_patch(prepared: Prepared, layer: int) -> bytes:
     """
     from corral.sandbox.patch import make_patch  # loads difflib
 
-    owners = _owners(prepared)
+    owners = owners_of(prepared)
     for part in prepared.view.parts:
         if part.name == "workspace":
             listed = changes((part,), layer, owners, prepared.view.scaffold)
@@ -150,46 +155,8 @@ def live_patch(prepared: Prepared, layer: int) -> bytes:
     return b""
 
 
-def keep(prepared: Prepared, layer: int, *, command: str = "") -> KeptLayer | None:
-    """Copies the layer of an ended sandbox to disk; None where it changes nothing.
-
-    Raises CorralError where it cannot be kept: nothing is left over then, and the layer in memory is still there.
-    """
-    if layer < 0:
-        raise RequestError("the layer is gone: it was closed, or the sandbox never ran")
-    if not is_changed(prepared, layer):
-        return None
-    view, owners, identifier = prepared.view, _owners(prepared), check_id(prepared.id)
-    listed = changes(view.parts, layer, owners, view.scaffold)
-    if not listed:
-        return None
-    with _store() as store:
-        name = f"partial-{os.getpid()}-{identifier}"
-        try:
-            os.mkdir(name, 0o700, dir_fd=store)
-            with _locked(store, name, fcntl.LOCK_EX) as directory:
-                os.mkdir("parts", 0o700, dir_fd=directory)
-                parts = _open_parts(directory)
-                try:
-                    copied = copy_parts(layer, parts, view.parts, owners, view.scaffold)
-                finally:
-                    os.close(parts)
-                kept = _describe(prepared, owners, copied, len(listed), command)
-                baseline.write(directory, baseline.existing(prepared.directory, listed))
-                _write_meta(directory, kept)
-                _sync(directory)
-                os.rename(name, identifier, src_dir_fd=store, dst_dir_fd=store)
-                os.fsync(store)
-        except BaseException as error:
-            with suppress(OSError):
-                remove_tree(store, name)
-            if isinstance(error, OSError):
-                raise CorralError(f"the changes cannot be kept: {error.strerror or error}") from None
-            raise
-    return kept
-
-
-def _owners(prepared: Prepared) -> OwnerMap:
+def owners_of(prepared: Prepared) -> OwnerMap:
+    """How the ids of its files read inside. Raises CorralError."""
     try:
         return owner_map(prepared.identity, os.stat(prepared.directory))
     except OSError as error:
@@ -199,8 +166,8 @@ def _owners(prepared: Prepared) -> OwnerMap:
 def list_layers() -> list[KeptLayer]:
     """All kept layers of the caller, oldest first; those that cannot be understood are left out."""
     found = []
-    with _store() as store:
-        for name in os.listdir(store):
+    with store() as layers:
+        for name in os.listdir(layers):
             if _ID.fullmatch(name):
                 with suppress(CorralError):
                     found.append(open_layer(name))
@@ -209,39 +176,42 @@ def list_layers() -> list[KeptLayer]:
 
 def open_layer(identifier: str) -> KeptLayer:
     """The kept layer of that id. Raises RequestError where there is none."""
-    with _opened(check_id(identifier)) as directory:
+    with opened(check_id(identifier)) as directory:
         return _read_meta(directory, identifier)
 
 
 def discard(identifier: str) -> None:
-    """Removes a kept layer, once nobody reads it any more. Raises RequestError where there is none."""
+    """Removes a kept layer. Where somebody still reads it (a sandbox that was begun on it), nobody finds it any more,
+    and its files go when that is over. Raises RequestError where there is none."""
     check_id(identifier)
-    with _store() as store:
-        name = f"partial-{os.getpid()}-{identifier}"
+    with store() as layers:
+        name = f"partial-{_NOBODY}-{identifier}"
         try:
-            os.rename(identifier, name, src_dir_fd=store, dst_dir_fd=store)
+            os.rename(identifier, name, src_dir_fd=layers, dst_dir_fd=layers)
         except FileNotFoundError:
             raise _unknown(identifier) from None
         except OSError as error:
             raise CorralError(f"layer {identifier} cannot be discarded: {error.strerror}") from None
-        with _locked(store, name, fcntl.LOCK_EX):
-            try:
-                remove_tree(store, name)
-            except OSError as error:
-                raise CorralError(f"layer {identifier} cannot be removed: {error.strerror}") from None
+        try:
+            with locked(layers, name, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                remove_tree(layers, name)
+        except (BlockingIOError, FileNotFoundError):
+            pass  # a later reap_partials removes it, or another already has
+        except OSError as error:
+            raise CorralError(f"layer {identifier} cannot be removed: {error.strerror}") from None
 
 
 def reap_partials() -> int:
     """Removes what dead processes left half-built or half-removed; how many there were."""
     count = 0
-    with _store() as store:
-        for name in os.listdir(store):
+    with store() as layers:
+        for name in os.listdir(layers):
             match = _PARTIAL.fullmatch(name)
             if match is None or os.path.exists(f"/proc/{match[1]}"):
                 continue
             with suppress(OSError):
-                with _locked(store, name, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                    remove_tree(store, name)
+                with locked(layers, name, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    remove_tree(layers, name)
                     count += 1
     return count
 
@@ -258,7 +228,8 @@ def _unknown(identifier: str) -> RequestError:
 
 
 @contextmanager
-def _store() -> Iterator[int]:
+def store() -> Iterator[int]:
+    """The directory of all layers. Raises CorralError."""
     path = os.path.join(paths.state_directory(), "layers")
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
@@ -272,8 +243,9 @@ def _store() -> Iterator[int]:
 
 
 @contextmanager
-def _locked(store: int, name: str, how: int) -> Iterator[int]:
-    fd = os.open(name, OPEN_DIRECTORY, dir_fd=store)
+def locked(parent: int, name: str, how: int) -> Iterator[int]:
+    """A directory that is locked as flock(2) says. Raises OSError."""
+    fd = os.open(name, OPEN_DIRECTORY, dir_fd=parent)
     try:
         fcntl.flock(fd, how)
         yield fd
@@ -282,18 +254,18 @@ def _locked(store: int, name: str, how: int) -> Iterator[int]:
 
 
 @contextmanager
-def _opened(identifier: str) -> Iterator[int]:
+def opened(identifier: str) -> Iterator[int]:
     """A layer's directory, locked for reading. It may lose its name meanwhile, but none of its files."""
-    with _store() as store:
+    with store() as layers:
         try:
-            fd = os.open(identifier, OPEN_DIRECTORY, dir_fd=store)
+            fd = os.open(identifier, OPEN_DIRECTORY, dir_fd=layers)
         except OSError:
             raise _unknown(identifier) from None
         try:
             fcntl.flock(fd, fcntl.LOCK_SH)
             # It was there when it was opened; it is whole only if it still is, now that we have the lock.
             try:
-                present = os.path.samestat(os.stat(identifier, dir_fd=store, follow_symlinks=False), os.fstat(fd))
+                present = os.path.samestat(os.stat(identifier, dir_fd=layers, follow_symlinks=False), os.fstat(fd))
             except OSError:
                 present = False
             if not present:
@@ -303,7 +275,8 @@ def _opened(identifier: str) -> Iterator[int]:
             os.close(fd)
 
 
-def _open_parts(directory: int) -> int:
+def open_parts(directory: int) -> int:
+    """The directory of the parts of a layer. Raises CorralError."""
     try:
         return os.open("parts", OPEN_DIRECTORY, dir_fd=directory)
     except OSError as error:
@@ -322,48 +295,17 @@ def _with_lowers(part: Changeable) -> Changeable:
     return replace(part, lowers=tuple(lowers))
 
 
-def _sync(directory: int) -> None:
-    import ctypes
-
-    if ctypes.CDLL(None, use_errno=True).syncfs(directory) != 0:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
-
-
 # ---- meta.json ----
-
-
-def _describe(prepared: Prepared, owners: OwnerMap, copied: Copied, count: int, command: str) -> KeptLayer:
-    try:
-        user = pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        user = str(os.geteuid())
-    return KeptLayer(
-        id=prepared.id,
-        created=datetime.now(UTC).isoformat(timespec="milliseconds"),
-        workspace=prepared.directory,
-        command=command or prepared.options.command or "",
-        label=prepared.options.label,
-        user=user,
-        count=count,
-        parts=prepared.view.parts,
-        scaffold=prepared.view.scaffold,
-        owners=replace(owners, upper=SAME_IDS if os.geteuid() == 0 else None),
-        size=copied.bytes,
-        entries=copied.entries,
-        stripped=copied.stripped,
-        dropped=copied.dropped,
-        began=prepared.began,
-    )
 
 
 _TEXTS = ("created", "workspace", "command", "label", "user")
 _NUMBERS = ("count", "size", "entries")
 
 
-def _write_meta(directory: int, kept: KeptLayer) -> None:
+def write_meta(directory: int, kept: KeptLayer) -> None:
+    """Writes what is told about a layer. Raises CorralError, OSError."""
     data: dict[str, Any] = {"format": FORMAT, "id": kept.id}
-    data |= {name: getattr(kept, name) for name in (*_TEXTS, *_NUMBERS, "began")}
+    data |= {name: getattr(kept, name) for name in (*_TEXTS, *_NUMBERS, "began", "name", "parent")}
     data |= {
         "parts": [{"name": part.name, "path": part.path, "lowers": part.lowers} for part in kept.parts],
         "scaffold": sorted(kept.scaffold),
@@ -417,6 +359,8 @@ def _parse(data: Any, identifier: str) -> KeptLayer:
         stripped=_told(data["stripped"]),
         dropped=_told(data["dropped"]),
         began=_typed(data.get("began", 0), int),
+        name=_typed(data.get("name", ""), str),
+        parent=_typed(data.get("parent", ""), str),
     )
 
 

@@ -37,6 +37,8 @@ class Options:
     """The caller's environment, from which the policy lets some variables pass."""
     label: str = ""
     """What `corral ps` shows beside the id."""
+    on: str | None = None
+    """The id of a kept layer to begin on."""
     hidden: tuple[str, ...] = ()
     """Absolute host paths that are absent inside, beside those of the policy: what Corral itself keeps there."""
 

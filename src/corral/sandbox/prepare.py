@@ -8,6 +8,7 @@ import os
 import pwd
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from corral.errors import RequestError
 from corral.gateway import capture
@@ -24,6 +25,9 @@ from corral.sandbox.plan import IdLine, Map, Plan
 from corral.sandbox.tools import STANDARD_PATH, Tools, default_hints, environment_hints, find_tools
 from corral.sandbox.view import CERTIFICATES, JAVA_TRUSTSTORE, Request, View, build_view, visible_trees
 from corral.supervisor.filter import Table, find_table
+
+if TYPE_CHECKING:
+    from corral.sandbox.base import Base
 
 _HIDDEN_ROOTS = ("/", "/root", "/home", "/home/*", "/var", "/etc", "/run", "/tmp", "/srv", "/mnt", "/media")
 _MAX_STAMPED = 128
@@ -50,6 +54,8 @@ class Prepared:
     TCP of IPv6, DNS of IPv4, DNS of IPv6."""
     outlet: Outlet
     """What the gateway needs beside the policy."""
+    base: Base | None
+    """What it begins on, if that is not the host as it is; whoever launches it closes it at its end."""
     began: int
     """Nanoseconds since the epoch: what is changed on the host from then on is changed during the run."""
 
@@ -129,8 +135,14 @@ def prepare(options: Options, *, gateway: bool | None = None) -> Prepared:
         hints |= environment_hints(options.environment, (*trees, *visible))
     hints |= outlet.environment
 
-    identity = make_identity(options.user, paths.runtime_directory() if os.geteuid() == 0 else "")
+    base = None
+    if options.on is not None:
+        from corral.sandbox.base import open_base  # which needs this module
+
+        base = open_base(options.on, workspace)
+    identity = None
     try:
+        identity = make_identity(options.user, paths.runtime_directory() if os.geteuid() == 0 else "")
         if not identity.has(options.user):
             raise RequestError(f"user {options.user} does not exist in this sandbox")
         plan = Plan()
@@ -157,6 +169,7 @@ def prepare(options: Options, *, gateway: bool | None = None) -> Prepared:
             nameservers=(capture.RESOLVER4, capture.RESOLVER6) if gateway else (),
             certificates=outlet.certificates,
             truststore=outlet.truststore,
+            base=base.parts if base else {},
         )
         view = build_view(plan, request)
         plan.hostname("corral")
@@ -190,8 +203,12 @@ def prepare(options: Options, *, gateway: bool | None = None) -> Prepared:
             owner.st_uid,
             gateway,
             outlet,
+            base,
             time.time_ns(),
         )
     except BaseException:
-        identity.release()
+        if identity is not None:
+            identity.release()
+        if base is not None:
+            base.close()
         raise

@@ -181,6 +181,24 @@ class SyncSandbox:
         """The connections that go on through the gateway."""
         return _worker.run(self.box.flows())
 
+    def snapshot(self, name: str = "") -> KeptLayer:
+        """Keeps its files as they are now; see :meth:`Sandbox.snapshot`."""
+        return _worker.run(self.box.snapshot(name))
+
+    def fork(self, count: int = 1) -> list[SyncSandbox]:
+        """Starts others with the files that this one has now; see :meth:`Sandbox.fork`."""
+        return [self._of(box) for box in _worker.run(self.box.fork(count))]
+
+    def restore(self, layer: KeptLayer) -> None:
+        """Goes back to the files of a layer; see :meth:`Sandbox.restore`."""
+        _worker.run(self.box.restore(layer))
+
+    @classmethod
+    def _of(cls, box: Sandbox) -> SyncSandbox:
+        made = cls.__new__(cls)
+        made.box = box
+        return made
+
     def freeze(self) -> None:
         """Stops every process where it is."""
         _worker.run(self.box.freeze())

@@ -18,8 +18,8 @@ from __future__ import annotations
 import functools
 import os
 import stat
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from corral.errors import RequestError
 from corral.sandbox.identity import AGENT_ID, Identity
@@ -91,6 +91,8 @@ class Request:
     """PEM, to be trusted inside in place of the system's bundle; nothing leaves that."""
     truststore: bytes = b""
     """The same for Java."""
+    base: Mapping[str, str] = field(default_factory=dict)
+    """What a kept layer has changed, that the sandbox begins on: directories of the host by paths inside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,12 @@ class Changeable:
     name: str
     path: str
     lowers: tuple[str, ...]
+    base: str = ""
+    """Which of these, the topmost, is a kept layer that the sandbox was begun on; none where it was not."""
+
+    def without_base(self) -> Changeable:
+        """The same part of a sandbox that was begun on the host."""
+        return replace(self, lowers=self.lowers[bool(self.base) :], base="")
 
     @property
     def is_project(self) -> bool:
@@ -154,6 +162,8 @@ class _Builder:
         self.writable: list[str] = []
         self.covered: list[str] = []
         self.mounted = mount_points()
+        self.used: set[str] = set()
+        """Where the base was laid."""
 
     def directories(self, path: str, mode: int = 0o755) -> None:
         """Makes ``path`` and its parents inside."""
@@ -178,12 +188,20 @@ class _Builder:
         """A copy-on-write tree at ``path``."""
         self.plan.layer_directory(name, 0o755, owner, owner)
         self.plan.layer_directory(f"{name}.work", 0o700, owner, owner)
+        base = self.request.base.get(path, "")
+        if base:
+            self.used.add(path)
+            lowers = [Lower(base, Idmap.SANDBOX if self.request.identity.privileged else Idmap.NONE), *lowers]
         self.plan.overlay(path, name, f"{name}.work", lowers)
-        self.parts.append(Changeable(name, path, tuple(lower.path for lower in lowers)))
+        self.parts.append(Changeable(name, path, tuple(lower.path for lower in lowers), base))
         self.writable.append(path)
 
     def empty(self, name: str, path: str, mode: int, owner: int, *, kept: bool = False) -> None:
-        """An empty writable directory at ``path``."""
+        """An empty writable directory at ``path``; where it is kept, with what the base has in it."""
+        if kept and path in self.request.base:
+            self.directories(path)
+            self.part(name, path, [], owner)
+            return
         self.plan.layer_directory(name, mode, owner, owner)
         self.directories(path)
         self.plan.bind(name, path, origin=Origin.LAYER)
@@ -432,6 +450,9 @@ def build_view(plan: Plan, request: Request) -> View:
             builder.plan.bind(CERTIFICATES, bundle, origin=Origin.ROOT, attributes=_FIXED)
 
     _trees(builder, agent)
+    missing = sorted(request.base.keys() - builder.used)
+    if missing:
+        raise RequestError(f"the layer has changes in {missing[0]}, which this policy does not let be changed")
     for path in sorted(request.deny, key=lambda path: (path.count("/"), path)):
         builder.deny(path)
     if request.root is None:

@@ -1,0 +1,133 @@
+"""Keeping: what a sandbox has changed becomes a layer on disk, whole or not at all.
+
+A layer is always what it changes of the host, whatever it was begun on: what its base has changed is in it, as hard
+links, since nobody changes a file of a layer. So a base can be discarded, and each layer can be applied alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pwd
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from corral.errors import CorralError, RequestError
+from corral.sandbox.apply import baseline
+from corral.sandbox.changes import changes
+from corral.sandbox.copying import Copied, copy_parts
+from corral.sandbox.layer import (
+    KeptLayer,
+    check_id,
+    is_changed,
+    locked,
+    open_parts,
+    owners_of,
+    store,
+    write_meta,
+)
+from corral.sandbox.ownership import SAME_IDS, OwnerMap
+from corral.sandbox.prepare import Prepared
+from corral.sandbox.trees import remove_tree
+
+
+def keep(
+    prepared: Prepared,
+    layer: int,
+    *,
+    identifier: str = "",
+    command: str = "",
+    name: str = "",
+    parent: str = "",
+    unchanged: bool = False,
+) -> KeptLayer | None:
+    """Copies the layer of a sandbox that has ended, or stands still, to disk; None where it changes nothing.
+
+    ``identifier`` is that of the sandbox where none is given; ``name`` is for people. With ``unchanged`` it is also
+    kept where it is just what it was begun on. Raises CorralError where it cannot be kept: nothing is left over then,
+    and the layer in memory is still there.
+    """
+    if layer < 0:
+        raise RequestError("the layer is gone: it was closed, or the sandbox never ran")
+    if not unchanged and not is_changed(prepared, layer):
+        return None
+    identifier, base = check_id(identifier or prepared.id), prepared.base
+    parts = tuple(part.without_base() for part in prepared.view.parts)
+    scaffold = prepared.view.scaffold | (base.layer.scaffold if base else frozenset())
+    owners = owners_of(prepared)
+    stored = replace(owners, upper=SAME_IDS if os.geteuid() == 0 else None)
+    with store() as layers:
+        partial = f"partial-{os.getpid()}-{identifier}"
+        try:
+            os.mkdir(partial, 0o700, dir_fd=layers)
+            with locked(layers, partial, fcntl.LOCK_EX) as directory, ExitStack() as stack:
+                os.mkdir("parts", 0o700, dir_fd=directory)
+                target = open_parts(directory)
+                stack.callback(os.close, target)
+                below = open_parts(base.directory) if base else -1
+                if base:
+                    stack.callback(os.close, below)
+                copied = copy_parts(layer, target, prepared.view.parts, owners, scaffold, base=below)
+                listed = changes(parts, target, stored, scaffold, special_modes=False)
+                if not listed and not unchanged:
+                    remove_tree(layers, partial)
+                    return None
+                existed = baseline.existing(prepared.directory, listed)
+                if base:
+                    before = baseline.read(base.directory, base.layer.began)
+                    existed |= before.existed
+                    baseline.accept(directory, before.accepted)
+                kept = replace(
+                    _describe(prepared, stored, copied, len(listed), command),
+                    id=identifier,
+                    name=name,
+                    parent=parent or (base.layer.id if base else ""),
+                    parts=parts,
+                    scaffold=scaffold,
+                    began=base.layer.began if base else prepared.began,
+                )
+                baseline.write(directory, existed)
+                write_meta(directory, kept)
+                _sync(directory)
+                os.rename(partial, identifier, src_dir_fd=layers, dst_dir_fd=layers)
+                os.fsync(layers)
+        except BaseException as error:
+            with suppress(OSError):
+                remove_tree(layers, partial)
+            if isinstance(error, (OSError, ValueError)):
+                why = getattr(error, "strerror", None) or error
+                raise CorralError(f"the changes cannot be kept: {why}") from None
+            raise
+    return kept
+
+
+def _describe(prepared: Prepared, owners: OwnerMap, copied: Copied, count: int, command: str) -> KeptLayer:
+    try:
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        user = str(os.geteuid())
+    return KeptLayer(
+        id=prepared.id,
+        created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        workspace=prepared.directory,
+        command=command or prepared.options.command or "",
+        label=prepared.options.label,
+        user=user,
+        count=count,
+        parts=prepared.view.parts,
+        scaffold=prepared.view.scaffold,
+        owners=owners,
+        size=copied.bytes,
+        entries=copied.entries,
+        stripped=copied.stripped,
+        dropped=copied.dropped,
+    )
+
+
+def _sync(directory: int) -> None:
+    import ctypes
+
+    if ctypes.CDLL(None, use_errno=True).syncfs(directory) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))

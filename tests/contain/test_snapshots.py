@@ -1,0 +1,267 @@
+"""Beginning on a kept layer: going on, forks that share, snapshots of what runs, and going back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from corral.errors import RequestError
+from corral.policy.load import parse_policy
+from corral.sandbox.apply.proposal import propose
+from corral.sandbox.apply.undo import undo
+from corral.sandbox.changes import ChangeKind
+from corral.sandbox.layer import KeptLayer, list_layers
+from corral.sandbox.sync import SyncSandbox
+from corral.sandbox.trees import remove_tree
+from tests.contain.command_line import CommandLine, adopting_orphans
+from tests.contain.conftest import MakeBox
+from tests.contain.test_apply import DO, OPERATIONS, PYTHON, in_short, look
+
+pytestmark = pytest.mark.usefixtures("state")
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Layers of a test are kept in its own place."""
+    place = tmp_path / "state"
+    place.mkdir(mode=0o700, exist_ok=True)
+    monkeypatch.setenv("XDG_STATE_HOME", str(place))
+    yield place
+    parent = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    remove_tree(parent, place.name)
+    os.close(parent)
+
+
+def run(workspace: Path, script: str, on: KeptLayer | None = None) -> tuple[str, KeptLayer]:
+    with SyncSandbox(str(workspace), keep=True, on=on) as box:
+        result = box.exec(["sh", "-ec", script])
+        assert result.exit_code == 0, result
+    assert box.kept is not None
+    return result.text, box.kept
+
+
+def paths(layer: KeptLayer) -> dict[str, ChangeKind]:
+    return {change.path: change.kind for change in layer.changes()}
+
+
+def partials(state: Path) -> list[str]:
+    return [path.name for path in (state / "corral" / "layers").iterdir() if path.name.startswith("partial")]
+
+
+def test_a_run_goes_on_where_another_ended(workspace: Path, state: Path) -> None:
+    """In all that is kept: the workspace, home, and the system's trees."""
+    (workspace / "old").mkdir()
+    (workspace / "old" / "file").write_text("old")
+    _, first = run(workspace, "echo 1 >new; rm -r old; echo more >>file.txt; echo h >~/home; echo s >~/gone")
+    shown, second = run(
+        workspace, "cat new file.txt ~/home; ls; rm ~/gone; rm file.txt; mkdir old; echo 2 >old/second", first
+    )
+    assert shown == "1\noriginal\nmore\nh\nfile.txt\nnew\n"
+    shown, third = run(workspace, "cat old/second; ls -A ~ old; ls; rm -r old", second)
+    assert "2\n" in shown and "gone" not in shown and "file.txt" not in shown
+    assert (second.parent, third.parent, third.began) == (first.id, second.id, first.began)
+    home = next(part.path for part in third.parts if part.name == "home")
+    assert paths(third) == {
+        f"{workspace}/new": ChangeKind.ADDED,
+        f"{workspace}/old": ChangeKind.DELETED,
+        f"{workspace}/file.txt": ChangeKind.DELETED,
+        f"{home}/home": ChangeKind.ADDED,
+    }
+    assert f"{workspace}/old/second" in paths(second)
+    # None needs what it was begun on.
+    first.discard()
+    second.discard()
+    assert partials(state) == []
+    assert paths(third)[f"{workspace}/new"] is ChangeKind.ADDED
+    proposal = propose(third)
+    undo(proposal.apply(proposal.hash).id)
+
+
+def test_a_base_is_never_changed(workspace: Path) -> None:
+    _, first = run(workspace, "echo one >a; mkdir d; echo two >d/b; chmod 600 a")
+    before = paths(first)
+    with first.reading() as parts:
+        place = Path(os.readlink(f"/proc/self/fd/{parts}"))
+        seen = look(place)
+        run(workspace, "echo x >a; rm -r d; echo y >>a; chmod 777 a; setfattr -n user.x -v y a || :", first)
+        run(workspace, "echo other >d/b", first)
+        assert look(place) == seen
+    assert paths(first) == before
+
+
+def test_what_was_not_changed_again_is_shared_on_disk(workspace: Path) -> None:
+    _, first = run(workspace, "head -c 1000000 /dev/zero >big; echo x >small")
+    _, second = run(workspace, "echo y >small", first)
+    with first.reading() as one, second.reading() as two:
+        assert os.stat("workspace/big", dir_fd=one).st_ino == os.stat("workspace/big", dir_fd=two).st_ino
+        assert os.stat("workspace/small", dir_fd=one).st_ino != os.stat("workspace/small", dir_fd=two).st_ino
+
+
+async def test_forks_do_not_see_one_another(make_box: MakeBox, state: Path) -> None:
+    box = await make_box()
+    assert (await box.exec(["sh", "-c", "echo shared >shared; mkdir dir; echo 0 >dir/n"])).exit_code == 0
+    forks = await box.fork(20)
+    try:
+        script = "cat shared dir/n; echo $0 >dir/n; echo $0 >own-$0; rm shared; sleep 0.2; ls; cat dir/n"
+        found = await asyncio.gather(*(fork.exec(["sh", "-c", script, str(n)]) for n, fork in enumerate(forks)))
+        for number, result in enumerate(found):
+            assert result.text == f"shared\n0\ndir\nfile.txt\nown-{number}\n{number}\n"
+        assert len({fork.id for fork in (*forks, box)}) == 21
+        assert (await box.exec(["sh", "-c", "ls; cat dir/n"])).text == "dir\nfile.txt\nshared\n0\n"
+        assert list_layers() == []
+        assert partials(state) != []  # they still read it
+    finally:
+        for fork in forks:
+            await fork.close()
+    assert partials(state) == []
+
+
+async def test_a_snapshot_is_one_moment(make_box: MakeBox, workspace: Path) -> None:
+    """A writer that counts in one file and then in another is never one behind by more than what it had begun."""
+    box = await make_box()
+    writer = """
+import os
+for number in range(10_000_000):
+    for name in ("a", "b"):
+        with open(name + ".new", "w") as file:
+            file.write(str(number))
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(name + ".new", name)
+"""
+    process = await box.start_process([PYTHON, "-c", writer])
+    while (await box.exec(["test", "-e", "b"])).exit_code:
+        await asyncio.sleep(0.01)
+    snapshots = []
+    for number in range(8):
+        snapshots.append(await box.snapshot(f"number {number}"))
+        last = await box.read_file(f"{workspace}/b")
+        while await box.read_file(f"{workspace}/b") == last:
+            await asyncio.sleep(0.01)
+    process.kill()
+    seen = []
+    for snapshot in snapshots:
+        with snapshot.reading() as parts:
+            numbers = [int(Path(f"/proc/self/fd/{parts}/workspace/{name}").read_text()) for name in ("a", "b")]
+        assert numbers[0] - numbers[1] in (0, 1)
+        seen.append(numbers[1])
+    assert seen == sorted(set(seen))
+    assert [snapshot.parent for snapshot in snapshots] == ["", *(snapshot.id for snapshot in snapshots[:-1])]
+    assert [layer.name for layer in list_layers()] == [f"number {number}" for number in range(8)]
+    assert (await box.exec(["echo", "still there"])).text == "still there\n"
+
+
+async def test_a_sandbox_goes_back_and_on(make_box: MakeBox) -> None:
+    box = await make_box()
+    empty = await box.snapshot("begin")
+    await box.exec(["sh", "-c", "echo one >one; echo kept >~/note"])
+    one = await box.snapshot("one")
+    process = await box.start_process(["sh", "-c", "rm one; echo two >two; sleep 600"])
+    while (await box.exec(["test", "-e", "two"])).exit_code:
+        await asyncio.sleep(0.01)
+    before = box.id
+    await box.restore(one)
+    assert (await box.exec(["sh", "-c", "ls; cat ~/note; pgrep sleep"])).text == "file.txt\none\nkept\n"
+    assert box.id != before
+    with pytest.raises(Exception, match="closed"):
+        await process.wait()
+    await box.restore(empty)
+    assert (await box.exec(["sh", "-c", "ls -A . ~"])).text.split("\n\n")[0].endswith("file.txt")
+    await box.restore(one)
+    assert (await box.exec(["cat", "one"])).text == "one\n"
+
+
+async def test_a_snapshot_of_nothing_can_be_begun_on(make_box: MakeBox) -> None:
+    snapshot = await (await make_box()).snapshot()
+    assert snapshot.changes() == []
+    assert (await (await make_box(on=snapshot)).exec(["cat", "file.txt"])).text == "original\n"
+
+
+def test_what_does_not_fit_is_refused(workspace: Path, tmp_path: Path) -> None:
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    policy = parse_policy(f"filesystem: {{write: ['{beside}']}}\n", source="test.yaml")
+    with SyncSandbox(str(workspace), keep=True, policy=policy) as box:
+        assert box.exec(["sh", "-c", f"echo x >{beside}/new"]).exit_code == 0
+    assert box.kept is not None
+    with pytest.raises(RequestError, match="does not let be changed"):
+        SyncSandbox(str(workspace), on=box.kept).start()
+    with pytest.raises(RequestError, match="is of the workspace"):
+        SyncSandbox(str(beside), on=box.kept).start()
+    with SyncSandbox(str(workspace), policy=policy, on=box.kept) as again:
+        assert again.exec(["cat", f"{beside}/new"]).text == "x\n"
+    box.kept.discard()
+    with pytest.raises(RequestError, match="there is no layer"):
+        SyncSandbox(str(workspace), on=box.kept).start()
+
+
+def test_closed_directories_go_on_too(workspace: Path) -> None:
+    """What an ordinary user can only read as its owner."""
+    _, first = run(workspace, "mkdir closed; echo x >closed/file; chmod 0 closed; mkdir open; echo y >open/z")
+    shown, second = run(
+        workspace, "stat -c %a closed; chmod 700 closed; cat closed/file; rm open/z; chmod 0 open", first
+    )
+    assert shown == "0\nx\n"
+    shown, _ = run(workspace, "stat -c %a closed open; chmod 700 open; ls -A open closed; echo 1 >one", second)
+    assert shown == "700\n0\nclosed:\nfile\n\nopen:\n"
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(first=OPERATIONS, then=OPERATIONS, last=OPERATIONS)
+def test_layers_on_layers_are_what_the_runs_saw(
+    tmp_path_factory: pytest.TempPathFactory, first: list[object], then: list[object], last: list[object]
+) -> None:
+    """And what is applied of the last is what it saw, and undone it is what was there."""
+    real = tmp_path_factory.mktemp("model") / "real"
+    real.mkdir(mode=0o755)
+    (real / "dir" / "sub").mkdir(parents=True)
+    (real / "dir" / "c").write_text("c")
+    (real / "other").mkdir()
+    (real / "a").write_text("a" * 100)
+    before = look(real)
+    layer: KeptLayer | None = None
+    shown = None
+    for operations in (first, then, last):
+        with SyncSandbox(str(real), keep=True, on=layer) as box:
+            seen = json.loads(box.exec([PYTHON, "-c", DO, str(real), "[]"]).text)
+            assert shown is None or seen == shown
+            result = box.exec([PYTHON, "-c", DO, str(real), repr(operations)])
+            assert result.exit_code == 0, result
+        if box.kept is not None or layer is None:
+            shown, layer = json.loads(result.text), box.kept
+    if layer is None:
+        return
+    proposal = propose(layer)
+    assert proposal.conflicts == ()
+
+    if proposal.steps:
+        made = proposal.apply(proposal.hash)
+        assert {name: in_short(row) for name, row in look(real).items()} == shown
+        undo(made.id)
+    assert look(real) == before
+
+
+# ---- the command line ----
+
+
+@pytest.fixture
+def cli(tmp_path: Path, workspace: Path) -> Iterator[CommandLine]:
+    (tmp_path / "state").rmdir()
+    with adopting_orphans():
+        yield CommandLine(tmp_path, workspace)
+
+
+def test_an_operator_goes_on(cli: CommandLine, workspace: Path) -> None:
+    assert cli.run("--", "sh", "-c", "echo 1 >one").returncode == 0
+    (first,) = (line.split()[0] for line in cli("diff", "--list").stdout.decode().splitlines())
+    done = cli.run("--on", first, "--", "sh", "-c", "cat one; echo 2 >two")
+    assert done.stdout == b"1\n"
+    assert cli("apply", "--yes").returncode == 0
+    assert sorted(os.listdir(workspace)) == ["file.txt", "one", "two"]
+    assert cli.run("--on", "aaaaaaaa", "--", "true").returncode == 125
