@@ -371,8 +371,9 @@ def killed_at(number: int, what: Callable[[], object]) -> bool:
 
 
 @pytest.mark.timeout(300)
-def test_whatever_it_is_killed_at_all_is_applied_or_nothing(workspace: Path) -> None:
+def test_whatever_it_is_killed_at_all_is_applied_or_nothing(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At each of its calls to the system; also while that is taken back. What is left then is what was there."""
+    monkeypatch.setattr(journal, "FRESH", 0.0)
     before = look(workspace)
     proposal = propose(run(workspace, CHANGES))
     draw = random.Random(20261127)
@@ -387,6 +388,7 @@ def test_whatever_it_is_killed_at_all_is_applied_or_nothing(workspace: Path) -> 
         assert bool(done) == (after != before), number
         assert not [name for name in after if name.startswith(".corral")], number
         assert [each for each in journal.ids() if each not in done] == []
+        assert journal.unfinished() == []
         seen.add(bool(done))
         for identifier in done:
             assert after["new/deep/file"][4] == b"n\n" and "empty" not in after
@@ -434,6 +436,23 @@ def test_what_somebody_has_changed_since_it_was_cut_short_is_not_lost(
     subprocess.run(["rm", "-r", staging], check=True)
     recover()
     assert not journal.ids()
+
+
+def test_the_next_run_takes_back_what_was_cut_short(
+    cli: CommandLine, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = look(workspace)
+    proposal = propose(run(workspace, CHANGES))
+    child = os.fork()
+    if child == 0:  # ends when all has changed places
+        real = journal.write
+        monkeypatch.setattr(journal, "write", lambda each: os._exit(9) if each.phase.value == "done" else real(each))
+        applied(proposal)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert look(workspace) != before
+    assert cli.run("--", "true").returncode == 0
+    assert look(workspace) == before
 
 
 def test_an_undo_refuses_what_was_changed_since(workspace: Path) -> None:

@@ -55,6 +55,12 @@ def reap_dead_controllers() -> None:
             from corral.sandbox.layer import reap_partials  # slow to load, and seldom needed
 
             reap_partials()
+    with suppress(OSError):
+        if any(name.startswith("busy-") for name in os.listdir(os.path.join(paths.state_directory(), "applies"))):
+            from corral.sandbox.apply.applying import recover
+
+            with suppress(CorralError):  # it is told by `corral apply`, which does not go on before it is mended
+                recover()
 
 
 @dataclass(frozen=True, slots=True)

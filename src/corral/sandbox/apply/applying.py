@@ -95,6 +95,7 @@ def apply_steps(
         journal = Journal(new_id(), layer, workspace, now, Phase.PREPARING, tuple(steps), undoes)
         with locked(journal.id, make=True) as directory:
             try:
+                journals.begin(journal.id)
                 journals.write(journal)
                 _Application(journal, root, directory, progress).run(source)
             except BaseException as error:
@@ -123,6 +124,7 @@ class _Application:
             _sync(self._root)
             journals.write(replace(journal, phase=Phase.DONE))
         remove_tree(self._root, journal.staging)
+        journals.finish(journal.id)
 
     def _prepare(self, source: Source, staging: int) -> None:
         os.mkdir(BEFORE, 0o700, dir_fd=self._directory)
@@ -297,14 +299,18 @@ def recover() -> None:
 
 
 def _unfinished() -> Iterator[Journal]:
-    for identifier in journals.ids():
+    for identifier in journals.never_begun():
+        journals.forget(identifier)
+    for identifier in journals.unfinished():
+        if not os.path.lexists(os.path.join(journals.store(), identifier)):
+            journals.finish(identifier)  # it was forgotten
+            continue
         with suppress(CorralError), locked(identifier, wait=False) as directory:
             if not os.path.lexists(os.path.join(journals.store(), identifier, journals.JOURNAL)):
-                journals.forget(identifier)  # cut short before anything
-                continue
-            journal = journals.read(directory, identifier)
-            if journal.phase is not Phase.DONE or os.path.lexists(f"{journal.workspace}/{journal.staging}"):
-                yield journal
+                journals.forget(identifier)
+                journals.finish(identifier)
+            else:
+                yield journals.read(directory, identifier)
 
 
 def _recover_in(workspace: str) -> None:
@@ -339,6 +345,7 @@ def _take_back(journal: Journal, root: int, directory: int) -> None:
         remove_tree(root, journal.staging)
     if phase is not Phase.DONE:
         journals.forget(journal.id)
+    journals.finish(journal.id)
 
 
 def _is_taken_back(number: int, step: Step, root: int, staging: int, directory: int) -> bool:

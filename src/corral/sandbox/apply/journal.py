@@ -1,5 +1,6 @@
 """The journal of applying: on disk before anything is touched, so that what a crash left can be taken back.
 
+    <state>/applies/busy-<id>       there while anything of it is not finished
     <state>/applies/<id>/           mode 0700; locked (flock) by whoever is at it
         journal.json                what, and how far (format below); replaced at once
         before/<number>             copies of what was there, for taking it back
@@ -15,6 +16,7 @@ import json
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -30,6 +32,9 @@ FORMAT = 1
 MAX_JOURNAL = 256 << 20
 JOURNAL = "journal.json"
 BEFORE = "before"
+_BUSY = "busy-"
+FRESH = 60.0
+"""Seconds in which whoever has made a place for a journal writes it."""
 _ID = re.compile(r"[a-z2-7]{8}")
 _SUM = re.compile(r"[0-9a-f]{64}")
 
@@ -114,6 +119,34 @@ def locked(identifier: str, *, make: bool = False, wait: bool = True) -> Iterato
         yield directory
     finally:
         os.close(directory)
+
+
+def begin(identifier: str) -> None:
+    """Says that it is not finished, before anything else is done. Raises OSError."""
+    os.close(os.open(os.path.join(store(), f"{_BUSY}{identifier}"), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
+def finish(identifier: str) -> None:
+    """Says that it is. Raises OSError."""
+    with suppress(FileNotFoundError):
+        os.unlink(os.path.join(store(), f"{_BUSY}{identifier}"))
+
+
+def unfinished() -> list[str]:
+    """What is not finished, or was not when its process was killed."""
+    names = sorted(name.removeprefix(_BUSY) for name in os.listdir(store()) if name.startswith(_BUSY))
+    return [name for name in names if _ID.fullmatch(name)]
+
+
+def never_begun() -> list[str]:
+    """What was made a place for by a process that was killed then."""
+    found = []
+    for identifier in ids():
+        path = os.path.join(store(), identifier)
+        with suppress(OSError):
+            if time.time() - os.stat(path).st_mtime >= FRESH and not os.path.lexists(os.path.join(path, JOURNAL)):
+                found.append(identifier)
+    return found
 
 
 @contextmanager
