@@ -1,0 +1,172 @@
+"""What it costs to take a snapshot, to go back, to fork, and to apply, beside what others do for the same."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import statistics
+import time
+from pathlib import Path
+
+from _common import Row, p95
+
+from corral import Sandbox
+from corral.sandbox.apply.proposal import propose
+from corral.sandbox.apply.undo import undo
+from corral.sandbox.layer import KeptLayer, list_layers
+
+QUIET, LIVE, FROZEN, RESTORE = 3.0, 20.0, 10.0, 10.0
+"""Milliseconds, at most."""
+FORK, MANY = 1.2, 1.5
+"""Times a plain create; seconds for a hundred."""
+
+
+def _row(figure: str, samples: list[float], bar: float | None = None, note: str = "") -> Row:
+    return Row(figure, "ms", 1000 * statistics.median(samples), 1000 * p95(samples), bar=bar, note=note)
+
+
+def _private_state(workspace: Path) -> None:
+    os.environ["XDG_STATE_HOME"] = str(workspace.parent / "state")
+
+
+def _drop() -> None:
+    for layer in list_layers():
+        layer.discard()
+
+
+async def _timed_snapshot(box: Sandbox) -> tuple[float, KeptLayer]:
+    began = time.perf_counter()
+    layer = await box.snapshot()
+    return time.perf_counter() - began, layer
+
+
+async def _snapshots(box: Sandbox, count: int) -> list[float]:
+    samples = []
+    for _ in range(count):
+        seconds, layer = await _timed_snapshot(box)
+        samples.append(seconds)
+        layer.discard()
+    return samples
+
+
+async def snapshot_figure(workspace: Path, quick: bool) -> list[Row]:
+    """A snapshot of a sandbox in which nothing runs: of an unchanged one, and by what it has written."""
+    _private_state(workspace)
+    rows, count = [], 5 if quick else 20
+    for index in range(100):
+        (workspace / f"d{index}").mkdir()
+        for number in range(20 if quick else 1000):
+            (workspace / f"d{index}" / f"{number}.txt").write_text("x")
+    tree = f"{100 * (20 if quick else 1000)} files in the workspace"
+    async with Sandbox(workspace) as box:
+        samples = await _snapshots(box, count)
+        rows.append(_row("snapshot, nothing written", samples, QUIET, tree))
+        await box.exec(["sh", "-c", "for n in 1 2 3 4 5 6 7 8 9 10; do echo more >>d$n/1.txt; done"])
+        rows.append(_row("snapshot, 10 files written", await _snapshots(box, count), LIVE, tree))
+        for size in (10, 100) if quick else (10, 1000):
+            await box.exec(["sh", "-c", f"head -c {size}M /dev/zero >big"])
+            note = "all that was written is copied"
+            rows.append(_row(f"snapshot, {size} MB written", await _snapshots(box, min(count, 3)), QUIET, note))
+        began = time.perf_counter()
+        await box.freeze()
+        rows.append(_row("standing still", [time.perf_counter() - began], FROZEN))
+        await box.thaw()
+    samples = []
+    for _ in range(3):
+        began = time.perf_counter()
+        copy = await asyncio.create_subprocess_exec("cp", "-a", workspace, workspace.parent / "copy")
+        assert await copy.wait() == 0
+        samples.append(time.perf_counter() - began)
+        shutil.rmtree(workspace.parent / "copy")
+    rows.append(_row("cp -a of the workspace", samples, note="for comparison"))
+    return rows
+
+
+async def restore_figure(workspace: Path, quick: bool) -> list[Row]:
+    """Going back: all inside ends, and a sandbox with the files of the snapshot is there."""
+    _private_state(workspace)
+    samples = []
+    async with Sandbox(workspace) as box:
+        await box.exec(["sh", "-c", "echo begin >begin"])
+        layer = await box.snapshot()
+        for _ in range(5 if quick else 30):
+            await box.exec(["sh", "-c", "echo more >>begin"])
+            began = time.perf_counter()
+            await box.restore(layer)
+            samples.append(time.perf_counter() - began)
+    _drop()
+    return [_row("restore", samples, RESTORE)]
+
+
+async def _life(workspace: Path, on: KeptLayer | None) -> float:
+    began = time.perf_counter()
+    box = await Sandbox(workspace, on=on).start()
+    assert (await box.exec(["true"])).exit_code == 0
+    seconds = time.perf_counter() - began
+    await box.close()
+    return seconds
+
+
+async def fork_figure(workspace: Path, quick: bool) -> list[Row]:
+    """A fork with its first command, beside a plain sandbox; and a hundred at once."""
+    _private_state(workspace)
+    async with Sandbox(workspace) as box:
+        await box.exec(
+            ["sh", "-c", "mkdir d; for n in 1 2 3 4 5; do echo $n >d/$n; done; head -c 1000000 /dev/zero >b"]
+        )
+        layer = await box.snapshot()
+        plain, forked = [], []
+        for _ in range(10 if quick else 60):
+            plain.append(await _life(workspace, None))
+            forked.append(await _life(workspace, layer))
+        ratio = statistics.median(forked) / statistics.median(plain)
+        rows = [
+            Row(
+                "fork and its first command",
+                "ms",
+                1000 * statistics.median(forked),
+                1000 * p95(forked),
+                "plain sandbox",
+                1000 * statistics.median(plain),
+                1000 * p95(plain),
+                ratio,
+                bar=FORK,
+            )
+        ]
+        samples = []
+        for _ in range(1 if quick else 3):
+            began = time.perf_counter()
+            forks = await box.fork(100)
+            found = await asyncio.gather(*(fork.exec(["cat", "d/3"]) for fork in forks))
+            samples.append(time.perf_counter() - began)
+            assert all(result.text == "3\n" for result in found)
+            for fork in forks:
+                await fork.close()
+    rows.append(Row("100 forks, each with a command", "s", statistics.median(samples), bar=MANY))
+    _drop()
+    return rows
+
+
+async def apply_figure(workspace: Path, quick: bool) -> list[Row]:
+    """Looking at what would be applied, applying it, taking it back. No bar is set for these."""
+    _private_state(workspace)
+    files = 200 if quick else 2000
+    async with Sandbox(workspace, keep=True) as box:
+        script = f"mkdir new; i=0; while [ $i -lt {files} ]; do echo $i >new/$i; i=$((i+1)); done"
+        assert (await box.exec(["sh", "-c", script])).exit_code == 0
+    assert box.kept is not None
+    shown, applied, undone = [], [], []
+    for _ in range(3):
+        began = time.perf_counter()
+        proposal = propose(box.kept)
+        shown.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        made = proposal.apply(proposal.hash)
+        applied.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        undo(made.id)
+        undone.append(time.perf_counter() - began)
+    _drop()
+    note = f"{files} new files"
+    return [_row("propose", shown, note=note), _row("apply", applied, note=note), _row("undo", undone, note=note)]
