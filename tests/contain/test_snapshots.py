@@ -157,6 +157,34 @@ for number in range(10_000_000):
     assert (await box.exec(["echo", "still there"])).text == "still there\n"
 
 
+async def test_a_snapshot_copies_only_what_is_new(make_box: MakeBox) -> None:
+    """By whatever means: written, renamed over, moved with its directory, of the same length and time."""
+    box = await make_box()
+    await box.exec(["sh", "-c", "mkdir d e; for n in 1 2 3 4 5 6; do echo $n$n >d/$n; echo $n- >e/$n; done; sleep 0.2"])
+    first = await box.snapshot()
+    script = """
+        printf 99 | dd of=d/1 conv=notrunc status=none; touch -r d/2 d/1
+        echo 88 >new; touch -r d/2 new; mv new d/3
+        chmod 600 d/4; ln d/5 hard; rm d/6; mv d x; mv e d; mv x e
+    """
+    assert (await box.exec(["sh", "-ec", script])).exit_code == 0
+    second = await box.snapshot()
+    seen = (await box.exec(["sh", "-c", "cat d/? e/? hard; stat -c %a e/4"])).text
+    forked = await make_box(on=second)
+    assert (await forked.exec(["sh", "-c", "cat d/? e/? hard; stat -c %a e/4"])).text == seen
+    with first.reading() as one, second.reading() as two:
+        shared = {
+            name
+            for name, then in (("e/1", "d/1"), ("e/2", "d/2"), ("e/3", "d/3"), ("e/4", "d/4"), ("d/1", "e/1"))
+            if os.stat(f"workspace/{then}", dir_fd=one).st_ino == os.stat(f"workspace/{name}", dir_fd=two).st_ino
+        }
+    assert shared == {"e/2", "d/1"}
+    # Where the last one is gone, all is copied.
+    second.discard()
+    third = await box.snapshot()
+    assert (await (await make_box(on=third)).exec(["sh", "-c", "cat d/? e/? hard; stat -c %a e/4"])).text == seen
+
+
 async def test_a_sandbox_goes_back_and_on(make_box: MakeBox) -> None:
     box = await make_box()
     empty = await box.snapshot("begin")

@@ -27,6 +27,7 @@ from corral.errors import CorralError, RequestError, SandboxClosed
 from corral.policy.model import Policy
 from corral.sandbox import registry
 from corral.sandbox.changes import Change, changes
+from corral.sandbox.copying import Since
 from corral.sandbox.core import Core, Exit, State
 from corral.sandbox.denials import stderr_line
 from corral.sandbox.files import READ_LIMIT, Download, FileInfo, Files
@@ -96,7 +97,7 @@ class Sandbox:
 
     def _reset(self) -> None:
         """Nothing has run yet."""
-        self._last = ""
+        self._since = Since()
         self._core: Core | None = None
         self._ended = asyncio.Event()
         self._closing: asyncio.Task[None] | None = None
@@ -211,14 +212,14 @@ class Sandbox:
                 self.core.layer_fd,
                 identifier=new_id(),
                 name=name,
-                parent=self._last,
+                parent=self._since.layer,
                 unchanged=True,
+                since=self._since,
             )
         finally:
             if not was_frozen:
                 await self.thaw()
         assert kept is not None  # noqa: S101  # it is also kept where nothing is changed
-        self._last = kept.id
         return kept
 
     async def fork(self, count: int = 1) -> list[Sandbox]:

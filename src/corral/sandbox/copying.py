@@ -68,6 +68,40 @@ class Copied:
     """Sockets, devices, and files that the file system cannot hold: not stored."""
 
 
+MAX_PLACE = 4000
+"""Characters of a path that one system call can follow."""
+MAX_SEEN = 200_000
+"""Files that are remembered from one snapshot to the next."""
+_TICK = 50_000_000
+"""Nanoseconds that a change time may be behind: what was changed so shortly before a copy may be changed again, and
+not show it."""
+
+
+@dataclass(slots=True)
+class Since:
+    """What a snapshot has copied, so that the next one of the same layer need not: unchanged files are linked."""
+
+    layer: str = ""
+    """Where it was copied to."""
+    taken: int = 0
+    """When, in nanoseconds since the epoch."""
+    files: dict[int, tuple[int, str]] = field(default_factory=dict)
+    """Change time and place, by inode number. Renaming a file changes that time, and its number is its own while it
+    lives (tmpfs(5))."""
+
+    def place(self, status: os.stat_result) -> str:
+        """Where a file lies as it is now; nothing where it must be copied."""
+        found = self.files.get(status.st_ino)
+        if found is None or found[0] != status.st_ctime_ns or found[0] > self.taken - _TICK:
+            return ""
+        return found[1]
+
+    def add(self, status: os.stat_result, place: str) -> None:
+        """Remembers a file."""
+        if len(self.files) < MAX_SEEN:
+            self.files[status.st_ino] = (status.st_ctime_ns, place)
+
+
 class Room:
     """Guards the free space of the file system that is written to."""
 
@@ -103,17 +137,23 @@ def copy_parts(
     scaffold: Collection[str],
     *,
     base: int = -1,
+    before: tuple[int, Since] | None = None,
+    seen: Since | None = None,
 ) -> Copied:
     """Copies each part of the layer into a directory of its name in ``target``, which is empty.
 
     ``base`` is the directory of the parts of a kept layer on which this one was begun: its files are linked there
-    first, and the layer is laid over them, as the overlay does it. Raises CorralError where there is too little room,
-    or a file cannot be read; OSError where writing fails.
+    first, and the layer is laid over them, as the overlay does it. ``before`` is the directory of the parts of an
+    earlier copy of the same layer, and what that has ``seen``. Raises CorralError where there is too little room, or a
+    file cannot be read; OSError where writing fails.
     """
     try:
         ids = owners.upper if os.geteuid() == 0 else None
-        return _copy(layer, target, parts, ids, scaffold, base, raise_unreadable=os.geteuid() != 0)
+        unreadable = os.geteuid() != 0
+        return _copy(layer, target, parts, ids, scaffold, base, before, seen, raise_unreadable=unreadable)
     except Unreadable:
+        if seen is not None:
+            seen.files.clear()
         for name in os.listdir(target):
             remove_tree(target, name)
         request = {
@@ -143,6 +183,8 @@ def _copy(
     ids: Ids | None,
     scaffold: Collection[str],
     base: int,
+    before: tuple[int, Since] | None = None,
+    seen: Since | None = None,
     *,
     raise_unreadable: bool = False,
 ) -> Copied:
@@ -163,8 +205,11 @@ def _copy(
                     status = os.fstat(roots[0])
                     trees = {UPPER: roots[0], _COPY: roots[1]}
                     with Walk(trees, part.path, raise_unreadable=raise_unreadable) as walk:
-                        which = {"is_base": source == base, "is_over": bool(sources) and source != base}
-                        _Copier(whole, walk, links, owners, scaffold, room, copied, **which).run(status)
+                        copier = _Copier(whole, walk, links, owners, scaffold, room, copied)
+                        copier.is_base, copier.is_over = source == base, bool(sources) and source != base
+                        if source != base:
+                            copier.before, copier.seen = before, seen
+                        copier.run(status)
                 finally:
                     for fd in roots:
                         os.close(fd)
@@ -186,13 +231,13 @@ class _Copier:
         scaffold: Collection[str],
         room: Room,
         copied: Copied,
-        *,
-        is_base: bool = False,
-        is_over: bool = False,
     ) -> None:
-        """``is_base`` is what need not be copied, because nobody changes it: files of a kept layer; ``is_over`` what
-        lies over that."""
-        self._is_base, self._is_over = is_base, is_over
+        self.is_base = False
+        """Whether these are files of a kept layer, which need not be copied, because nobody changes them."""
+        self.is_over = False
+        """Whether they lie over such."""
+        self.before: tuple[int, Since] | None = None
+        self.seen: Since | None = None
         self._part = part
         self._walk = walk
         self._links = links
@@ -235,7 +280,7 @@ class _Copier:
         if kind == stat.S_IFREG and path in self._scaffold and status.st_size == 0:
             return
         merges = self._replace(target, name, kind)
-        if is_whiteout(status) and (self._part.lowers or self._is_over):
+        if is_whiteout(status) and (self._part.lowers or self.is_over):
             if self._part.lowers:
                 self._copy_whiteout(target, name)
             return
@@ -307,7 +352,9 @@ class _Copier:
             if not stat.S_ISREG(status.st_mode):
                 self._copied.dropped.add(path)
                 return
-            if self._is_base and self._link_to_base(name, target):
+            if self.is_base and self._link_to(self._walk.current.fds[UPPER], name, name, target):
+                return
+            if self._link_to_earlier(status, name, target):
                 return
             link = f"{status.st_dev}-{status.st_ino}" if status.st_nlink > 1 else ""
             if link and self._link(link, name, target):
@@ -325,18 +372,37 @@ class _Copier:
             if link:
                 with suppress(FileExistsError):
                     os.link(name, link, src_dir_fd=target, dst_dir_fd=self._links)
+            self._remember(status, name)
         finally:
             os.close(source)
 
-    def _link_to_base(self, name: str, target: int) -> bool:
+    def _link_to(self, source: int, place: str, name: str, target: int) -> bool:
         self._room.take(0)
         try:
-            os.link(name, name, src_dir_fd=self._walk.current.fds[UPPER], dst_dir_fd=target, follow_symlinks=False)
+            os.link(place, name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
         except OSError as error:
             if error.errno != errno.EMLINK:
                 raise
             return False
         return True
+
+    def _link_to_earlier(self, status: os.stat_result, name: str, target: int) -> bool:
+        """Makes a file that is as it was when it was copied before a link to that copy."""
+        if self.before is None:
+            return False
+        directory, since = self.before
+        place = since.place(status)
+        if not place or not self._link_to(directory, place, name, target):
+            return False
+        self._remember(status, name)
+        return True
+
+    def _remember(self, status: os.stat_result, name: str) -> None:
+        if self.seen is not None:
+            above = [level.name for level in self._walk.levels[1:]]
+            place = "/".join((self._part.name, *above, name))
+            if len(place) < MAX_PLACE:
+                self.seen.add(status, place)
 
     def _link(self, link: str, name: str, target: int) -> bool:
         """Makes ``name`` a hard link to the copy that was made of the same file before, if there is one."""

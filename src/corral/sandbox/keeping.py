@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pwd
+import time
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -16,13 +17,14 @@ from datetime import UTC, datetime
 from corral.errors import CorralError, RequestError
 from corral.sandbox.apply import baseline
 from corral.sandbox.changes import changes
-from corral.sandbox.copying import Copied, copy_parts
+from corral.sandbox.copying import Copied, Since, copy_parts
 from corral.sandbox.layer import (
     KeptLayer,
     check_id,
     is_changed,
     locked,
     open_parts,
+    opened,
     owners_of,
     store,
     write_meta,
@@ -41,12 +43,14 @@ def keep(
     name: str = "",
     parent: str = "",
     unchanged: bool = False,
+    since: Since | None = None,
 ) -> KeptLayer | None:
     """Copies the layer of a sandbox that has ended, or stands still, to disk; None where it changes nothing.
 
     ``identifier`` is that of the sandbox where none is given; ``name`` is for people. With ``unchanged`` it is also
-    kept where it is just what it was begun on. Raises CorralError where it cannot be kept: nothing is left over then,
-    and the layer in memory is still there.
+    kept where it is just what it was begun on. ``since`` is what the last snapshot of the same sandbox has seen; it
+    becomes what this one has. Raises CorralError where it cannot be kept: nothing is left over then, and the layer in
+    memory is still there.
     """
     if layer < 0:
         raise RequestError("the layer is gone: it was closed, or the sandbox never ran")
@@ -68,16 +72,20 @@ def keep(
                 below = open_parts(base.directory) if base else -1
                 if base:
                     stack.callback(os.close, below)
-                copied = copy_parts(layer, target, prepared.view.parts, owners, scaffold, base=below)
+                before = _earlier(since, stack)
+                seen = Since(identifier, time.time_ns()) if since is not None else None
+                copied = copy_parts(
+                    layer, target, prepared.view.parts, owners, scaffold, base=below, before=before, seen=seen
+                )
                 listed = changes(parts, target, stored, scaffold, special_modes=False)
                 if not listed and not unchanged:
                     remove_tree(layers, partial)
                     return None
                 existed = baseline.existing(prepared.directory, listed)
                 if base:
-                    before = baseline.read(base.directory, base.layer.began)
-                    existed |= before.existed
-                    baseline.accept(directory, before.accepted)
+                    start = baseline.read(base.directory, base.layer.began)
+                    existed |= start.existed
+                    baseline.accept(directory, start.accepted)
                 kept = replace(
                     _describe(prepared, stored, copied, len(listed), command),
                     id=identifier,
@@ -92,6 +100,8 @@ def keep(
                 _sync(directory)
                 os.rename(partial, identifier, src_dir_fd=layers, dst_dir_fd=layers)
                 os.fsync(layers)
+                if since is not None and seen is not None:
+                    since.layer, since.taken, since.files = seen.layer, seen.taken, seen.files
         except BaseException as error:
             with suppress(OSError):
                 remove_tree(layers, partial)
@@ -100,6 +110,18 @@ def keep(
                 raise CorralError(f"the changes cannot be kept: {why}") from None
             raise
     return kept
+
+
+def _earlier(since: Since | None, stack: ExitStack) -> tuple[int, Since] | None:
+    """The parts of the last snapshot, if it is still there."""
+    if since is None or not since.files:
+        return None
+    try:
+        parts = open_parts(stack.enter_context(opened(since.layer)))
+    except CorralError:
+        return None
+    stack.callback(os.close, parts)
+    return parts, since
 
 
 def _describe(prepared: Prepared, owners: OwnerMap, copied: Copied, count: int, command: str) -> KeptLayer:
