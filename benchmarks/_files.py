@@ -42,11 +42,14 @@ async def _timed_snapshot(box: Sandbox) -> tuple[float, KeptLayer]:
 
 
 async def _snapshots(box: Sandbox, count: int) -> list[float]:
+    """Each copies what is new since the one before."""
     samples = []
     for _ in range(count):
         seconds, layer = await _timed_snapshot(box)
         samples.append(seconds)
-        layer.discard()
+        for old in list_layers():
+            if old.id != layer.id:
+                old.discard()
     return samples
 
 
@@ -60,14 +63,17 @@ async def snapshot_figure(workspace: Path, quick: bool) -> list[Row]:
             (workspace / f"d{index}" / f"{number}.txt").write_text("x")
     tree = f"{100 * (20 if quick else 1000)} files in the workspace"
     async with Sandbox(workspace) as box:
-        samples = await _snapshots(box, count)
-        rows.append(_row("snapshot, nothing written", samples, QUIET, tree))
-        await box.exec(["sh", "-c", "for n in 1 2 3 4 5 6 7 8 9 10; do echo more >>d$n/1.txt; done"])
-        rows.append(_row("snapshot, 10 files written", await _snapshots(box, count), LIVE, tree))
+        rows.append(_row("snapshot, nothing written", await _snapshots(box, count), QUIET, tree))
+        samples = []
+        for _ in range(count):
+            await box.exec(["sh", "-c", "for n in 1 2 3 4 5 6 7 8 9 10; do echo more >>d$n/1.txt; done; sleep 0.1"])
+            samples += await _snapshots(box, 1)
+        rows.append(_row("snapshot, 10 files just written", samples, LIVE, tree))
         for size in (10, 100) if quick else (10, 1000):
-            await box.exec(["sh", "-c", f"head -c {size}M /dev/zero >big"])
-            note = "all that was written is copied"
-            rows.append(_row(f"snapshot, {size} MB written", await _snapshots(box, min(count, 3)), QUIET, note))
+            await box.exec(["sh", "-c", f"head -c {size}M /dev/zero >big; sleep 0.1"])
+            rows.append(_row(f"snapshot, {size} MB just written", await _snapshots(box, 1), note="all of it is copied"))
+            samples = await _snapshots(box, count)
+            rows.append(_row(f"snapshot, {size} MB written before the last", samples, QUIET))
         began = time.perf_counter()
         await box.freeze()
         rows.append(_row("standing still", [time.perf_counter() - began], FROZEN))
