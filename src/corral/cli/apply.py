@@ -12,8 +12,8 @@ from corral.cli.diff import MARKS, detail, layer_of
 from corral.cli.foreground import complain, printable
 from corral.errors import RequestError
 from corral.sandbox.apply import journal as journals
-from corral.sandbox.apply.applying import recover
 from corral.sandbox.apply.proposal import Entry, Proposal, propose
+from corral.sandbox.apply.recovery import recover
 from corral.sandbox.apply.undo import undo as take_back
 
 CONFLICT = 1
@@ -42,7 +42,8 @@ def apply(
     if dry_run:
         print(f"{proposal.hash}: pass this as --consent to apply exactly this")
         return 0
-    journal = proposal.apply(_consent(proposal, yes=yes, given=consent), progress=_progress_bar())
+    consented = _consent(proposal, yes=yes, given=consent, may_ask=not as_json)
+    journal = proposal.apply(consented, progress=_progress_bar())
     if as_json:
         print(json.dumps({"applied": journal.id, "layer": layer.id, "changes": len(proposal.entries)}))
     else:
@@ -50,14 +51,14 @@ def apply(
     return 0
 
 
-def _consent(proposal: Proposal, *, yes: bool, given: str | None) -> str:
+def _consent(proposal: Proposal, *, yes: bool, given: str | None, may_ask: bool) -> str:
     """The hash that a person has consented to. Raises RequestError where none has."""
     if given is not None:
         return given
     risky = len(proposal.risky)
     if yes and not risky:
         return proposal.hash
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if not (may_ask and sys.stdin.isatty() and sys.stderr.isatty()):
         why = f"{risky} of these changes must be looked at (marked !)" if risky else "nobody can be asked here"
         raise RequestError(f"{why}: look at `corral apply --dry-run`, and pass --consent with the hash that it prints")
     what = f"{len(proposal.entries)} change{'s' if len(proposal.entries) != 1 else ''}"
@@ -83,7 +84,8 @@ def _show(proposal: Proposal) -> None:
         change = entry.change
         mark, colour = MARKS[change.kind]
         kind = "" if change.file_type.value == "file" else f" ({change.file_type.value})"
-        line = Text(f"{mark} ", colour) + Text(printable(entry.path))
+        shown = entry.path if entry.link is None else f"{entry.path} -> {entry.link}"
+        line = Text(f"{mark} ", colour) + Text(printable(shown))
         console.print(line + Text(f"{kind}  {detail(change)}".rstrip(), "dim"))
         for reason in entry.reasons:
             console.print(Text(f"  ! {printable(reason)}", "bold red"))
@@ -108,6 +110,7 @@ def _row(entry: Entry) -> dict[str, object]:
         "path": entry.path,
         "kind": change.kind.value,
         "type": change.file_type.value,
+        "link": entry.link,
         "reasons": list(entry.reasons),
         "below": change.entries,
     }
@@ -134,7 +137,6 @@ def _progress_bar() -> Callable[[int, int], None]:
 
 def undo(identifier: str | None, *, list_all: bool, forget: bool, as_json: bool) -> None:
     """Takes back what was applied last, or under an id; or lists what there is; or forgets it."""
-    recover()
     done = [journal for journal in journals.journals() if not journal.undoes]
     if list_all:
         rows = [
@@ -145,7 +147,9 @@ def undo(identifier: str | None, *, list_all: bool, forget: bool, as_json: bool)
         for each in () if as_json else done:
             print(printable(f"{each.id}  {each.created}  layer {each.layer}  {each.workspace}"))
         return
+    recover()
     if identifier is None:
+        done = [journal for journal in journals.journals() if not journal.undoes]
         if not done:
             raise RequestError("nothing is applied that could be taken back")
         identifier = done[-1].id
@@ -153,6 +157,7 @@ def undo(identifier: str | None, *, list_all: bool, forget: bool, as_json: bool)
         if forget:
             with journals.locked(identifier, wait=False):
                 journals.forget(identifier)
+                journals.finish(identifier)
         else:
             take_back(identifier, progress=_progress_bar())
 

@@ -84,7 +84,7 @@ def keep(
                 existed = baseline.existing(prepared.directory, listed)
                 if base:
                     start = baseline.read(base.directory, base.layer.began)
-                    existed |= start.existed
+                    existed |= start.existed  # as it was when the first of them was kept
                     baseline.accept(directory, start.accepted)
                 kept = replace(
                     _describe(prepared, stored, copied, len(listed), command),

@@ -57,7 +57,7 @@ def reap_dead_controllers() -> None:
             reap_partials()
     with suppress(OSError):
         if any(name.startswith("busy-") for name in os.listdir(os.path.join(paths.state_directory(), "applies"))):
-            from corral.sandbox.apply.applying import recover
+            from corral.sandbox.apply.recovery import recover
 
             with suppress(CorralError):  # it is told by `corral apply`, which does not go on before it is mended
                 recover()

@@ -2,9 +2,9 @@
 changed since is not replaced by one that knows nothing of that.
 
 The run saw the workspace as it was at each moment. What has been changed since it began has a later change time
-(ctime, inode(7)), which nobody can set. What was there and is gone has none: of what a run has changed, the layer keeps
-which paths were there when it was kept. And what has a later time because it was applied and taken back is known by its
-mark, as it was accepted once.
+(ctime, inode(7)), which nobody can set. What was there and is gone has none, and what lies in a directory that was
+renamed keeps its own: of what a run has changed, the layer keeps what was there when it was kept, with inode numbers.
+And what has a later time because it was applied and taken back is known by its mark, as it was accepted once.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ class Baseline:
 
     began: int
     """Nanoseconds since the epoch; 0 where it is not known."""
-    existed: frozenset[str]
-    """Of what the run has changed, and the directories that it lies in: what was there. Relative to the workspace."""
+    existed: Mapping[str, tuple[int, int]]
+    """Of what the run has changed, and the directories that it lies in: what was there, by paths relative to the
+    workspace, with device and inode number."""
     accepted: Mapping[str, str]
     """Marks of what was there, by path, from when it was applied before."""
 
@@ -44,8 +45,8 @@ class Baseline:
         return self.is_touched(status) and status.st_ctime_ns != status.st_mtime_ns
 
 
-def existing(workspace: str, listed: Iterable[Change]) -> frozenset[str]:
-    """What was there of what was changed."""
+def existing(workspace: str, listed: Iterable[Change]) -> dict[str, tuple[int, int]]:
+    """What was there of what was changed, and which it was."""
     found: set[str] = set()
     added = {change.path for change in listed if change.kind is ChangeKind.ADDED}
     for change in listed:
@@ -60,7 +61,15 @@ def existing(workspace: str, listed: Iterable[Change]) -> frozenset[str]:
                 break
             found.add(name)
             parent = parent.rpartition("/")[0]
-    return frozenset(found)
+    which = {}
+    for path in found:
+        try:
+            status = os.lstat(os.path.join(workspace, path))
+        except OSError:
+            which[path] = (0, 0)  # gone since it was compared; nothing is it
+        else:
+            which[path] = (status.st_dev, status.st_ino)
+    return which
 
 
 def relative(workspace: str, path: str) -> str:
@@ -68,11 +77,12 @@ def relative(workspace: str, path: str) -> str:
     return path[len(workspace) :].lstrip("/")
 
 
-def write(directory: int, existed: frozenset[str]) -> None:
+def write(directory: int, existed: Mapping[str, tuple[int, int]]) -> None:
     """Writes beside a layer what was there. Raises OSError."""
     fd = os.open(FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory)
     with open(fd, "wb") as file:
-        file.write(b"\0".join(sorted(map(os.fsencode, existed))))
+        rows = (f"{device}:{inode}:".encode() + os.fsencode(path) for path, (device, inode) in sorted(existed.items()))
+        file.write(b"\0".join(rows))
 
 
 def accept(directory: int, marks: Mapping[str, str]) -> None:
@@ -89,7 +99,10 @@ def accept(directory: int, marks: Mapping[str, str]) -> None:
 def read(directory: int, began: int) -> Baseline:
     """Raises OSError or ValueError."""
     content = _content(directory, FILE)
-    existed = frozenset(map(os.fsdecode, content.split(b"\0"))) if content else frozenset()
+    existed = {}
+    for row in content.split(b"\0") if content else ():
+        device, inode, path = row.split(b":", 2)
+        existed[os.fsdecode(path)] = (int(device), int(inode))
     accepted: dict[str, str] = {}
     with suppress(FileNotFoundError):
         accepted = json.loads(_content(directory, ACCEPTED))

@@ -8,8 +8,7 @@ import stat
 from contextlib import suppress
 from enum import IntEnum
 
-from corral.sandbox.apply.marks import Marker, Unfit
-from corral.sandbox.compare import user_xattrs
+from corral.sandbox.apply.marks import Marker, Unfit, attributes
 from corral.sandbox.copying import Room
 from corral.sandbox.trees import OPEN_DIRECTORY, OPEN_FILE
 
@@ -71,21 +70,22 @@ def copy(marker: Marker, room: Room, source: int, name: str, target: int, new_na
 
 def finish(marker: Marker, source: int, target: int) -> None:
     """Gives a file or directory the owner, mode, attributes and times of another. Raises OSError."""
-    status = os.fstat(source)
-    wanted = user_xattrs(source)
-    for name in user_xattrs(target).keys() - wanted.keys():
+    status, now = os.fstat(source), os.fstat(target)
+    uid, gid = marker.owner(status)
+    if (uid, gid) != (now.st_uid, now.st_gid):
+        os.fchown(target, uid if os.geteuid() == 0 else -1, gid)
+    wanted = marker.attributes(source)
+    for name in attributes(target).keys() - wanted.keys():
         os.removexattr(target, name)
     for name, value in wanted.items():
         os.setxattr(target, name, value)
-    if os.geteuid() == 0:
-        os.fchown(target, *marker.owner(status))
-    os.fchmod(target, stat.S_IMODE(status.st_mode) & marker.mode_mask)
+    os.fchmod(target, marker.mode(status))
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def _own(marker: Marker, status: os.stat_result, target: int, name: str) -> None:
-    if os.geteuid() == 0:
-        os.chown(name, *marker.owner(status), dir_fd=target, follow_symlinks=False)
+    uid, gid = marker.owner(status)
+    os.chown(name, uid if os.geteuid() == 0 else -1, gid, dir_fd=target, follow_symlinks=False)
 
 
 def _copy_children(marker: Marker, room: Room, source: int, target: int, path: str) -> None:

@@ -75,6 +75,8 @@ class Journal:
     steps: tuple[Step, ...]
     undoes: str = ""
     """The id of what it takes back, if it does."""
+    identity: tuple[int, int] | None = None
+    """Device and inode number of the directory in the workspace; None before that is made."""
 
     @property
     def staging(self) -> str:
@@ -204,7 +206,7 @@ def journals() -> list[Journal]:
 
 
 def forget(identifier: str) -> None:
-    """Removes it, and the copies of what was there. Raises CorralError."""
+    """Removes it, and the copies of what was there, if it is there. Raises CorralError."""
     parent = os.open(store(), OPEN_DIRECTORY)
     try:
         remove_tree(parent, identifier)
@@ -222,7 +224,14 @@ def _parse(data: Any, identifier: str) -> Journal:
     if not all(type(text) is str for text in texts) or not os.path.isabs(data["workspace"]):
         raise ValueError("it names no workspace")
     layer, workspace, created, undoes = texts
-    return Journal(identifier, layer, workspace, created, Phase(data["phase"]), _steps(data["steps"]), undoes)
+    identity = None
+    if data["identity"] is not None:
+        device, inode = data["identity"]
+        if type(device) is not int or type(inode) is not int:
+            raise ValueError("it names no directory")
+        identity = (device, inode)
+    phase, steps = Phase(data["phase"]), _steps(data["steps"])
+    return Journal(identifier, layer, workspace, created, phase, steps, undoes, identity)
 
 
 def _steps(rows: Sequence[Any]) -> tuple[Step, ...]:

@@ -10,23 +10,29 @@ import hashlib
 import json
 import os
 import stat
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from corral.errors import RequestError
-from corral.sandbox.apply.applying import Conflict, Progress, apply_steps, copy_own, host_marker, opened, recover
+from corral.sandbox.apply.applying import Progress, apply_steps
 from corral.sandbox.apply.baseline import Baseline, relative
 from corral.sandbox.apply.carrying import copy
 from corral.sandbox.apply.journal import Journal, Step, components
-from corral.sandbox.apply.marks import Marker, Unfit
-from corral.sandbox.apply.risks import reasons
+from corral.sandbox.apply.marks import Marker, Unfit, attributes
+from corral.sandbox.apply.recovery import recover
+from corral.sandbox.apply.risks import Names, reasons
+from corral.sandbox.apply.swapping import Conflict, copy_own, host_marker, mounted_at, opened
 from corral.sandbox.compare import Change, ChangeKind, FileType
 from corral.sandbox.copying import Room
 from corral.sandbox.layer import KeptLayer
+from corral.sandbox.mounts import mounted_below
 from corral.sandbox.trees import OPEN_DIRECTORY, open_components
 
 _APPLIED = (FileType.FILE, FileType.DIRECTORY, FileType.SYMLINK)
 _LAYER_MODE = 0o1777
+_DIRECTORIES = 64
+"""Directories whose names are remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,8 @@ class Entry:
     """Relative to the workspace."""
     reasons: tuple[str, ...]
     """Why a person must look at it; none for most."""
+    link: str | None
+    """Where it leads, if it is a link."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +60,9 @@ class Proposal:
     """What is never applied."""
     steps: tuple[Step, ...]
     owners: tuple[tuple[int, int], ...]
-    """User and group of what each step puts there, as far as the caller can give files to others."""
+    """User and group of what each step puts there."""
+    kept_modes: tuple[int, ...]
+    """Mode bits that each directory has in any case."""
     only: tuple[str, ...] = ()
 
     @property
@@ -114,14 +124,15 @@ def _is_within(path: str, other: str) -> bool:
     return other == "" or path == other or path.startswith(f"{other}/")
 
 
-def _after_marker(owner: tuple[int, int], only: Sequence[str]) -> Marker:
+def _after_marker(
+    owner: tuple[int, int], only: Sequence[str], kept_mode: int, cache: dict[tuple[int, int, int, int], bytes]
+) -> Marker:
     """How entries of a layer are looked at: as what they would be in the workspace."""
 
     def wanted(below: str) -> bool:
         return not only or any(_is_within(below, each) or _is_within(each, below) for each in only)
 
-    known = owner if os.geteuid() == 0 else (0, 0)
-    return Marker(lambda status: known, _LAYER_MODE, is_layer=True, wanted=wanted)
+    return Marker(lambda status: owner, _LAYER_MODE, kept_mode, is_layer=True, wanted=wanted, cache=cache)
 
 
 class _Proposer:
@@ -131,10 +142,13 @@ class _Proposer:
         self._entries: list[Entry] = []
         self._conflicts: list[str] = []
         self._left_out: list[str] = []
-        self._steps: list[tuple[Step, tuple[int, int]]] = []
-        self._last: list[tuple[Step, tuple[int, int]]] = []
+        self._steps: list[tuple[Step, tuple[int, int], int]] = []
+        self._last: list[tuple[Step, tuple[int, int], int]] = []
         self._tree = "/"
-        self._names: tuple[str, list[str]] = ("/", [])
+        self._names: OrderedDict[str, Names] = OrderedDict()
+        self._cache: dict[tuple[int, int, int, int], bytes] = {}
+        self._mounts = mounted_below(layer.workspace)
+        self._same: dict[str, bool] = {}
 
     def done(self) -> Proposal:
         # A directory that is closed to its owner is opened first, and one that becomes closed is so last.
@@ -144,8 +158,9 @@ class _Proposer:
             tuple(self._entries),
             tuple(self._conflicts),
             tuple(self._left_out),
-            tuple(step for step, _ in rows),
-            tuple(owner for _, owner in rows),
+            tuple(step for step, _, _ in rows),
+            tuple(owner for _, owner, _ in rows),
+            tuple(mode for _, _, mode in rows),
             self._only,
         )
 
@@ -163,7 +178,8 @@ class _Proposer:
         try:
             if not _is_within(path, self._tree):
                 self._step(change, path)
-            self._entries.append(Entry(change, path, tuple(self._reasons(change, path))))
+            link = self._link(change, path)
+            self._entries.append(Entry(change, path, tuple(self._reasons(change, path, link)), link))
         except Unfit as error:
             self._conflicts.append(str(error))
 
@@ -176,13 +192,17 @@ class _Proposer:
 
     def _step(self, change: Change, path: str) -> None:
         *parents, name = components(path)
+        if mounted := mounted_at(self._layer.workspace, path, self._mounts):
+            raise Unfit(f"{path}: another file system is mounted there ({mounted})")
         before, status = self._before(change, path, parents, name)
         if change.kind is ChangeKind.DELETED:
-            self._steps.append((Step(path, before, None), (0, 0)))
+            self._steps.append((Step(path, before, None), (0, 0), 0))
             return
         owner = self._owner(change, status)
-        marker = _after_marker(owner, self._only)
         is_own = change.file_type is FileType.DIRECTORY and change.kind in (ChangeKind.MODE, ChangeKind.OWNER)
+        # The sandbox cannot see to it that what is made in a directory gets its group.
+        kept_mode = status.st_mode & stat.S_ISGID if is_own and status is not None else 0
+        marker = _after_marker(owner, self._only, kept_mode, self._cache)
         try:
             directory = open_components(self._upper, parents)
         except OSError as error:
@@ -199,9 +219,9 @@ class _Proposer:
         if before == after:
             return
         if is_own and (status is None or status.st_mode & 0o300 == 0o300):
-            self._last.append((step, owner))
+            self._last.append((step, owner, kept_mode))
         else:
-            self._steps.append((step, owner))
+            self._steps.append((step, owner, kept_mode))
 
     def _before(
         self, change: Change, path: str, parents: list[str], name: str
@@ -219,6 +239,7 @@ class _Proposer:
                 self._absent(path)
                 return None, None
             touched: list[str] = []
+            self._require_same(change, path, parents, status)
             if change.kind in (ChangeKind.MODE, ChangeKind.OWNER) and stat.S_ISDIR(status.st_mode):
                 before: str | None = _own(host_marker(), directory, name, path)
                 if self._baseline.is_touched_itself(status):
@@ -230,6 +251,29 @@ class _Proposer:
             return before, status
         finally:
             os.close(directory)
+
+    def _require_same(self, change: Change, path: str, parents: list[str], status: os.stat_result) -> None:
+        """What is replaced, and what it lies in, must be what was there at the start, not others of their names."""
+        if change.kind is not ChangeKind.ADDED and path not in self._baseline.existed:
+            raise Unfit(f"{path}: it has come to the workspace since the run began")
+        above = ""
+        for name in parents:
+            above = f"{above}/{name}".lstrip("/")
+            if above not in self._same:
+                self._same[above] = self._is_same(above)
+            if not self._same[above]:
+                raise Unfit(f"{path}: {above} is another directory than when the run began")
+
+    def _is_same(self, path: str) -> bool:
+        which = self._baseline.existed.get(path)
+        if which is None:
+            return True  # new then, and applied before
+        fd = open_components(self._root, components(path))
+        try:
+            status = os.fstat(fd)
+        finally:
+            os.close(fd)
+        return (status.st_dev, status.st_ino) == which
 
     def _absent(self, path: str) -> None:
         if path in self._baseline.existed:
@@ -252,11 +296,13 @@ class _Proposer:
         top = os.fstat(self._root)
         if before is not None and change.owner_before == change.owner_after and change.kind is not ChangeKind.OWNER:
             return before.st_uid, before.st_gid
-        return top.st_uid, top.st_gid
+        if os.geteuid() == 0 or top.st_gid in (os.getegid(), *os.getgroups()):
+            return top.st_uid if os.geteuid() == 0 else os.geteuid(), top.st_gid
+        return os.geteuid(), os.getegid()
 
-    def _reasons(self, change: Change, path: str) -> list[str]:
-        parent, _, name = path.rpartition("/")
-        if self._names[0] != parent:
+    def _names_in(self, parent: str) -> Names:
+        """What lies in a directory, in the workspace or the layer."""
+        if parent not in self._names:
             names: set[str] = set()
             for root in (self._root, self._upper):
                 try:
@@ -267,23 +313,64 @@ class _Proposer:
                         os.close(fd)
                 except OSError:
                     continue
-            self._names = (parent, sorted(names))
-        link = None
-        if change.file_type is FileType.SYMLINK and change.kind is not ChangeKind.DELETED:
-            fd = open_components(self._upper, components(parent))
-            try:
-                link = os.readlink(name, dir_fd=fd)
-            finally:
-                os.close(fd)
-        return list(
+            self._names[parent] = Names(names)
+            if len(self._names) > _DIRECTORIES:
+                self._names.popitem(last=False)
+        return self._names[parent]
+
+    def _link(self, change: Change, path: str) -> str | None:
+        if change.file_type is not FileType.SYMLINK or change.kind is ChangeKind.DELETED:
+            return None
+        parent, _, name = path.rpartition("/")
+        fd = open_components(self._upper, components(parent))
+        try:
+            return os.readlink(name, dir_fd=fd)
+        finally:
+            os.close(fd)
+
+    def _reasons(self, change: Change, path: str, link: str | None) -> list[str]:
+        found = list(
             reasons(
                 path,
                 is_directory=change.file_type is FileType.DIRECTORY,
+                is_deleted=change.kind is ChangeKind.DELETED,
                 link=link,
-                others=self._names[1],
+                names=self._names_in(path.rpartition("/")[0]),
                 is_new=change.kind is ChangeKind.ADDED,
+                is_link=self._is_link,
             )
         )
+        if change.kind is ChangeKind.CHANGED and self._has_access_list(path):
+            found.append("its access control list would be lost")
+        return found
+
+    def _is_link(self, path: str) -> bool:
+        """Whether something is a link, in the workspace or the layer."""
+        *parents, name = components(path)
+        for root in (self._root, self._upper):
+            try:
+                fd = open_components(root, parents)
+            except OSError:
+                continue
+            try:
+                if stat.S_ISLNK(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
+                    return True
+            except OSError:
+                continue
+            finally:
+                os.close(fd)
+        return False
+
+    def _has_access_list(self, path: str) -> bool:
+        *parents, name = components(path)
+        try:
+            fd = open_components(self._root, [*parents, name], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return False
+        try:
+            return any(each.startswith("system.posix_acl") for each in attributes(fd))
+        finally:
+            os.close(fd)
 
 
 def _own(marker: Marker, directory: int, name: str, path: str) -> str:
@@ -305,7 +392,8 @@ class _LayerSource:
 
     def copy(self, number: int, step: Step, room: Room, target: int, name: str) -> None:
         *parents, entry = components(step.path)
-        marker = _after_marker(self._proposal.owners[number], self._proposal.only)
+        proposal = self._proposal
+        marker = _after_marker(proposal.owners[number], proposal.only, proposal.kept_modes[number], {})
         with self._proposal.layer.reading() as parts:
             upper = open_components(parts, ["workspace", *parents])
             try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 
 _EXECUTED = {
@@ -19,31 +19,34 @@ _EXECUTED = {
         mise.toml .mise.toml .python-version
     """,
     "an editor obeys it": """
-        .vscode/** .idea/** .fleet/** .zed/** *.code-workspace .exrc .vimrc .nvimrc .nvim.lua .dir-locals.el
-        .emacs .sublime-project .devcontainer/** .devcontainer.json
+        .vscode/** .idea/** .fleet/** .zed/** .gdbinit .lldbinit *.code-workspace .exrc .vimrc .nvimrc
+        .nvim.lua .dir-locals.el .emacs *.sublime-project .devcontainer/** .devcontainer.json
     """,
     "an agent obeys it": """
-        .claude/** .mcp.json .cursor/** .cursorrules .windsurfrules .codex/** .gemini/** CLAUDE.md AGENTS.md
-        GEMINI.md .github/copilot-instructions.md
+        .claude/** .mcp.json .windsurf/** .clinerules .cursor/** .cursorrules .windsurfrules .codex/**
+        .gemini/** CLAUDE.md AGENTS.md GEMINI.md .github/copilot-instructions.md
     """,
     "it runs elsewhere, with other rights": """
-        .github/workflows/** .github/actions/** .gitlab-ci.yml .gitlab/** .circleci/** .travis.yml
-        Jenkinsfile* azure-pipelines*.yml .drone.yml .buildkite/** .woodpecker* .ci/**
+        .github/workflows/** .github/actions/** .gitlab-ci.yml .gitlab/** .gitea/** .forgejo/** .circleci/**
+        .travis.yml Jenkinsfile* azure-pipelines*.yml .drone.yml .buildkite/** .woodpecker* .ci/**
         bitbucket-pipelines.yml appveyor.yml .appveyor.yml cloudbuild.yaml .tekton/**
     """,
     "git runs or obeys it": """
         .gitmodules .gitattributes .husky/** .githooks/** lefthook.y*ml hooks/pre-* hooks/post-* hooks/*-msg
-        hooks/update hooks/fsmonitor-watchman hooks/reference-transaction
+        hooks/update hooks/push-to-checkout hooks/proc-receive hooks/fsmonitor-watchman
+        hooks/reference-transaction
     """,
     "a commit runs it": """
         .pre-commit-config.yaml .pre-commit-hooks.yaml .lintstagedrc*
     """,
     "Python runs it unasked": """
-        conftest.py *.pth sitecustomize.py usercustomize.py .pdbrc .pythonrc pip.conf .pypirc
+        conftest.py *.pth *.pyc __pycache__/** sitecustomize.py usercustomize.py .pdbrc .pythonrc pip.conf
+        .pypirc
     """,
     "a package manager runs or obeys it": """
-        package.json .npmrc .yarnrc .yarnrc.yml .yarn/** .pnpmfile.cjs binding.gyp bunfig.toml build.rs
-        .cargo/** .gemrc extconf.rb
+        package.json .npmrc .pnp.cjs .pnp.loader.mjs .prettierrc.* eslint.config.* .eslintrc.* .yarnrc
+        .yarnrc.yml .yarn/** .pnpmfile.cjs binding.gyp bunfig.toml build.rs .cargo/** rust-toolchain
+        rust-toolchain.toml .gemrc .irbrc .pryrc .bazelrc tools/bazel .mvn/** extconf.rb
     """,
     "a desktop runs it": """
         *.desktop .config/autostart/** .config/systemd/** .local/share/applications/**
@@ -56,7 +59,7 @@ _EXECUTED = {
 
 _GIT_DATA = re.compile(
     r"(objects/([0-9a-f]{2}/[0-9a-f]+|pack/pack-[0-9a-f]+\.(pack|idx|rev|bitmap|mtimes)|info/(packs|commit-graph))"
-    r"|refs/(heads|tags|remotes|notes)/.+|refs/stash|logs/.+|packed-refs|index|HEAD|ORIG_HEAD|FETCH_HEAD|MERGE_HEAD"
+    r"|refs/(heads|tags|remotes|notes)/.+|refs/stash|logs/HEAD|logs/refs/.+|packed-refs|index|HEAD|ORIG_HEAD|FETCH_HEAD|MERGE_HEAD"
     r"|MERGE_MSG|MERGE_MODE|AUTO_MERGE|CHERRY_PICK_HEAD|REVERT_HEAD|COMMIT_EDITMSG|SQUASH_MSG|shallow|gc\.pid)"
 )
 """What lies in a repository and is never executed. All else there may be."""
@@ -70,9 +73,7 @@ def executed(path: str, *, is_directory: bool = False) -> str:
         within = "/".join(parts[folded.index(".git") + 1 :])
         if not within:
             return "" if is_directory else "git obeys it: it says where a repository is"
-        # A repository within another's (.git/modules, .git/worktrees) is looked at as one.
-        inner = re.sub(r"^(modules/.+?|worktrees/[^/]+)/(?=objects|refs|logs|index|HEAD)", "", within)
-        return "" if is_directory or _GIT_DATA.fullmatch(inner) else "git runs or obeys it"
+        return "" if is_directory or _GIT_DATA.fullmatch(within) else "git runs or obeys it"
     if is_directory:
         return ""
     for why, patterns in _EXECUTED.items():
@@ -104,40 +105,80 @@ def misleading(name: str) -> str:
     return ""
 
 
-def twin(name: str, others: Iterable[str]) -> str:
-    """Another name that is the same on some systems, or looks the same."""
-    folded = _folded(name)
-    return next((other for other in others if other != name and _folded(other) == folded), "")
+class Names:
+    """The names in a directory."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.folded = {name.casefold() for name in names}
+        self._alike: dict[str, list[str]] = {}
+        for name in names:
+            self._alike.setdefault(_folded(name), []).append(name)
+
+    def twin(self, name: str) -> str:
+        """Another name that is the same on some systems, or looks the same."""
+        return next((other for other in sorted(self._alike.get(_folded(name), ())) if other != name), "")
 
 
 def _folded(name: str) -> str:
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
-def leads_out(path: str, target: str) -> bool:
-    """Whether a link leads out of the workspace, or may."""
+def leads_out(path: str, target: str, is_link: Callable[[str], bool]) -> bool:
+    """Whether a link leads out of the workspace, or may: ``is_link`` says what it would pass through."""
     if target.startswith("/"):
         return True
-    depth = path.count("/")
-    for part in target.split("/"):
-        depth += -1 if part == ".." else part not in ("", ".")
-        if depth < 0:
+    at = path.split("/")[:-1]
+    has_followed = False
+    parts = [part for part in target.split("/") if part not in ("", ".")]
+    for number, part in enumerate(parts, 1):
+        if part == "..":
+            # After a name, where ".." leads is for the other end of that name to say.
+            if has_followed or not at:
+                return True
+            at.pop()
+            continue
+        at.append(part)
+        has_followed = True
+        if number < len(parts) and is_link("/".join(at)):
             return True
     return False
 
 
-def reasons(path: str, *, is_directory: bool, link: str | None, others: Iterable[str], is_new: bool) -> Iterator[str]:
-    """Why a person must look at an entry: ``link`` is where it leads, ``others`` are the names beside it."""
+def reasons(
+    path: str,
+    *,
+    is_directory: bool,
+    is_deleted: bool,
+    link: str | None,
+    names: Names,
+    is_new: bool,
+    is_link: Callable[[str], bool],
+) -> Iterator[str]:
+    """Why a person must look at an entry: ``link`` is where it leads, ``names`` are those in its directory."""
     name = path.rpartition("/")[2]
-    names = list(others)
-    why = executed(path, is_directory=is_directory)
-    if not why and name == "config" and "HEAD" in names:
-        why = "git runs or obeys it: beside it, there is a repository"
-    if why:
+    if why := _obeyed(path, name, is_directory=is_directory, is_deleted=is_deleted, names=names):
         yield why
     if is_new and (odd := misleading(name)):
         yield odd
-    if is_new and (other := twin(name, names)):
+    if is_new and (other := names.twin(name)):
         yield f"it differs from {other} only in case or form"
-    if link is not None and leads_out(path, link):
+    if link is not None and leads_out(path, link, is_link):
         yield "it is a link that may lead out of the workspace"
+
+
+def _obeyed(path: str, name: str, *, is_directory: bool, is_deleted: bool, names: Names) -> str:
+    if is_directory:
+        # A whole tree that goes away is what lay in it; one that is made is listed entry by entry.
+        return executed(f"{path}/-") if is_deleted else ""
+    # A link, or a file, in place of a directory that is obeyed leads to another one.
+    within = ".git" in path.casefold().split("/")
+    if why := executed(path) or ("" if within else executed(f"{path}/-")):
+        return why
+    if within:
+        return ""
+    repository = {"head", "config", "objects", "refs", "commondir"}
+    if name.casefold() in ("commondir", "gitdir", "config.worktree") or (
+        name.casefold() in ("head", "config") and len(names.folded & repository) > 1
+    ):
+        return "git runs or obeys it: with what lies beside it, it is a repository"
+    return ""

@@ -6,9 +6,10 @@ import os
 
 from corral.errors import RequestError
 from corral.sandbox.apply import journal as journals
-from corral.sandbox.apply.applying import Progress, apply_steps, copy_own, host_marker
+from corral.sandbox.apply.applying import Progress, apply_steps
 from corral.sandbox.apply.carrying import copy
 from corral.sandbox.apply.journal import BEFORE, Journal, Phase, Step, locked
+from corral.sandbox.apply.swapping import copy_own, host_marker
 from corral.sandbox.copying import Room
 from corral.sandbox.trees import OPEN_DIRECTORY
 
@@ -41,9 +42,8 @@ def undo(identifier: str, *, progress: Progress = lambda done, total: None) -> J
         before = os.open(BEFORE, OPEN_DIRECTORY, dir_fd=directory)
         try:
             source = _Copies(before, len(steps) - 1)
-            done = apply_steps(journal.workspace, journal.layer, steps, source, undoes=journal.id, progress=progress)
+            # Which forgets both when it is done.
+            apply_steps(journal.workspace, journal.layer, steps, source, undoes=journal.id, progress=progress)
         finally:
             os.close(before)
-        journals.forget(identifier)
-    journals.forget(done.id)
     return journal
