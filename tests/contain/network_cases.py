@@ -330,7 +330,7 @@ def stream(family):
     yield "whole", bytes(got) == data
     client.setblocking(False)
     total = quiet = 0
-    while quiet < 3:  # buffers grow for a while
+    while quiet < 8:  # buffers grow for a while
         if isinstance(sent := attempt(client.sendmsg, [bytes(100_000)]), int):
             total, quiet = total + sent, 0
         else:
