@@ -19,7 +19,7 @@ from corral.errors import CorralError
 from corral.log import writer
 from corral.log.journal import frame
 from corral.log.merkle import EMPTY
-from corral.log.note import NoteError, Signature, Verifier, cosign
+from corral.log.note import Checkpoint, NoteError, Signature, Verifier, cosign
 from corral.log.reader import Reader
 from corral.log.signing import Checkpoints
 from corral.log.tiles import MAX_ENTRY, Tiles
@@ -85,6 +85,28 @@ def test_numbers_have_no_gaps_and_entries_are_where_they_were_told_to_be(directo
     for thread in range(8):  # each thread's entries are in its order
         own = [content for _, content in sorted(told) if content.startswith(b"%d " % thread)]
         assert own == [b"%d %d" % (thread, at) for at in range(60)]
+
+
+def test_what_is_written_while_it_is_sealed_for_the_last_but_one_time_is_sealed_too(directory: Path) -> None:
+    log = Log(directory, KEY, checkpoint_every=0.01)
+    seal, sealed, go_on = log.seal, threading.Event(), threading.Event()
+
+    def slow() -> Checkpoint:
+        checkpoint = seal()
+        sealed.set()
+        assert go_on.wait(60)
+        return checkpoint
+
+    log.seal = slow  # type: ignore[method-assign]
+    log.append(b"one")
+    assert sealed.wait(60)
+    log.append(b"two")
+    closing = threading.Thread(target=log.close)
+    closing.start()
+    closing.join(0.2)
+    go_on.set()
+    closing.join(60)
+    assert Reader(directory).sealed() == 2
 
 
 def test_several_processes_append_to_one_log(directory: Path) -> None:

@@ -399,7 +399,8 @@ class Log:
             if not self._closing:
                 with self._change:
                     self._change.wait_for(lambda: self._closing, self._every)
-            if self._closing:
+            is_last = self._closing  # as it was before: what is written during a seal is not in it
+            if is_last:
                 self._writer.join()
             try:
                 self.seal()
@@ -407,7 +408,7 @@ class Log:
                 self._fail(error)
             except Exception as error:
                 self._fail(LogUnwritable(f"{self.directory}: cannot write the tiles ({type(error).__name__})"))
-            if self._closing:
+            if is_last:
                 return
 
     def _seal(self) -> tuple[Checkpoint, bool]:
