@@ -63,6 +63,9 @@ def test_a_run_goes_on_where_another_ended(workspace: Path, state: Path) -> None
         workspace, "cat new file.txt ~/home; ls; rm ~/gone; rm file.txt; mkdir old; echo 2 >old/second", first
     )
     assert shown == "1\noriginal\nmore\nh\nfile.txt\nnew\n"
+    shown, _ = run(workspace, "ls -A old; touch x", second)
+    assert shown == "second\n"  # what lay in it before is not there again
+    assert paths(second)[f"{workspace}/old/file"] is ChangeKind.DELETED
     shown, third = run(workspace, "cat old/second; ls -A ~ old; ls; rm -r old", second)
     assert "2\n" in shown and "gone" not in shown and "file.txt" not in shown
     assert (second.parent, third.parent, third.began) == (first.id, second.id, first.began)
@@ -120,6 +123,23 @@ async def test_forks_do_not_see_one_another(make_box: MakeBox, state: Path) -> N
         for fork in forks:
             await fork.close()
     assert partials(state) == []
+
+
+async def test_a_fork_tells_what_it_has_changed(make_box: MakeBox, workspace: Path) -> None:
+    """Of what it was begun on, which nobody finds any more."""
+    box = await make_box()
+    await box.exec(["sh", "-c", "mkdir d; echo 1 >d/one; echo 2 >d/two; echo 3 >d/three; chmod 600 d/three"])
+    (fork,) = await box.fork()
+    try:
+        await fork.exec(["sh", "-c", "rm d/one; echo more >>d/two; echo 4 >d/four"])
+        found = {change.path: change.kind for change in await fork.changes() if change.part == "workspace"}
+    finally:
+        await fork.close()
+    assert found == {
+        f"{workspace}/d/one": ChangeKind.DELETED,
+        f"{workspace}/d/two": ChangeKind.CHANGED,
+        f"{workspace}/d/four": ChangeKind.ADDED,
+    }
 
 
 async def test_a_snapshot_is_one_moment(make_box: MakeBox, workspace: Path) -> None:
@@ -183,6 +203,74 @@ async def test_a_snapshot_copies_only_what_is_new(make_box: MakeBox) -> None:
     second.discard()
     third = await box.snapshot()
     assert (await (await make_box(on=third)).exec(["sh", "-c", "cat d/? e/? hard; stat -c %a e/4"])).text == seen
+
+
+async def test_what_is_written_through_a_mapping_is_in_the_snapshot(make_box: MakeBox, workspace: Path) -> None:
+    """It changes no time on tmpfs."""
+    box = await make_box()
+    script = """
+import mmap, os, sys, time
+with open("mapped", "wb") as file:
+    file.write(b"a" * 4096)
+with open("mapped", "r+b") as file:
+    mapped = mmap.mmap(file.fileno(), 4096)
+print(mapped[:1], flush=True)
+time.sleep(0.2)
+for line in sys.stdin:
+    mapped[:1] = line[:1].encode()
+    print("written", flush=True)
+"""
+    process = await box.start_process([PYTHON, "-c", script])
+    assert await process.stdout.readline() == b"b'a'\n"
+    await asyncio.sleep(0.3)
+    for letter in "bcd":
+        await process.write(f"{letter}\n".encode())
+        assert await process.stdout.readline() == b"written\n"
+        snapshot = await box.snapshot()
+        with snapshot.reading() as parts:
+            assert Path(f"/proc/self/fd/{parts}/workspace/mapped").read_bytes()[:1] == letter.encode()
+
+
+async def test_snapshots_at_once_and_cancelled_ones_disturb_nothing(make_box: MakeBox) -> None:
+    box = await make_box()
+    await box.exec(["sh", "-c", "mkdir d; for n in 1 2 3 4 5 6 7 8 9; do echo $n >d/$n; done; sleep 0.1"])
+    snapshots = await asyncio.gather(*(box.snapshot(str(number)) for number in range(6)))
+    cancelled = asyncio.ensure_future(box.snapshot("cancelled"))
+    await asyncio.sleep(0.003)
+    cancelled.cancel()
+    await asyncio.wait([cancelled])
+    assert (await box.exec(["echo", "goes on"])).text == "goes on\n"
+    assert sorted(layer.name for layer in list_layers() if layer.name) == ["0", "1", "2", "3", "4", "5"]
+    for snapshot in snapshots:
+        forked = await make_box(on=snapshot)
+        assert (await forked.exec(["sh", "-c", "cat d/?"])).text == "1\n2\n3\n4\n5\n6\n7\n8\n9\n"
+    closing = asyncio.gather(box.snapshot("late"), box.close(), return_exceptions=True)
+    await asyncio.wait_for(closing, 60)
+
+
+def test_a_part_has_another_name_under_another_policy(workspace: Path, tmp_path: Path) -> None:
+    trees = [tmp_path / name for name in ("a", "b")]
+    for tree in trees:
+        tree.mkdir()
+    narrow, wide = (
+        parse_policy(f"filesystem: {{write: {[str(tree) for tree in some]}}}\n", source="test.yaml")
+        for some in (trees[1:], trees)
+    )
+    with SyncSandbox(str(workspace), keep=True, policy=narrow) as box:
+        assert box.exec(["sh", "-c", f"echo b >{trees[1]}/new"]).exit_code == 0
+    assert box.kept is not None
+    with SyncSandbox(str(workspace), keep=True, policy=wide, on=box.kept) as again:
+        assert again.exec(["sh", "-c", f"cat {trees[1]}/new; echo a >{trees[0]}/own"]).text == "b\n"
+    assert again.kept is not None
+    assert paths(again.kept) == {f"{trees[0]}/own": ChangeKind.ADDED, f"{trees[1]}/new": ChangeKind.ADDED}
+
+
+async def test_names_that_no_call_can_follow_are_copied(make_box: MakeBox) -> None:
+    box = await make_box()
+    name = "\u6f22" * 60
+    await box.exec(["sh", "-c", f"for n in $(seq 25); do mkdir {name}; cd {name}; done; echo x >f"])
+    await asyncio.sleep(0.1)
+    assert len({(await box.snapshot()).id for _ in range(3)}) == 3
 
 
 async def test_a_sandbox_goes_back_and_on(make_box: MakeBox) -> None:

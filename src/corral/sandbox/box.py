@@ -98,6 +98,7 @@ class Sandbox:
     def _reset(self) -> None:
         """Nothing has run yet."""
         self._since = Since()
+        self._alone = asyncio.Lock()
         self._core: Core | None = None
         self._ended = asyncio.Event()
         self._closing: asyncio.Task[None] | None = None
@@ -156,10 +157,11 @@ class Sandbox:
             process.release()
         self._processes.clear()
         registry.unregister(core)
-        if self._log is None and not self._keep:
-            core.close_layer()
-        else:
-            await asyncio.to_thread(self._put_away, core)
+        async with self._alone:  # a snapshot still reads the layer
+            if self._log is None and not self._keep:
+                core.close_layer()
+            else:
+                await asyncio.to_thread(self._put_away, core)
 
     def _put_away(self, core: Core) -> None:
         """In one thread to its end, so that nothing can close the layer under it."""
@@ -191,9 +193,15 @@ class Sandbox:
 
     async def freeze(self) -> None:
         """Stops every process where it is, until :meth:`thaw`; returns once the kernel says that all have stopped."""
-        self.core.freeze()
+        async with self._alone:
+            self.core.freeze()
+            await self._stand_still()
+
+    async def _stand_still(self) -> None:
         deadline = time.monotonic() + 10
         while not self.core.frozen():
+            if self.core.state is not State.FROZEN:
+                raise SandboxClosed(self.core.end_reason or "it is ending")
             if time.monotonic() > deadline:
                 self.core.kill("it could not be frozen")
                 raise SandboxClosed("it could not be frozen")
@@ -201,25 +209,45 @@ class Sandbox:
 
     async def snapshot(self, name: str = "") -> KeptLayer:
         """Keeps its files as they are at this moment as a layer, on which others can begin. Everything stands still
-        meanwhile. Raises CorralError where that cannot be."""
-        was_frozen = self.core.state is State.FROZEN
-        if not was_frozen:
-            await self.freeze()
-        try:
-            kept = await asyncio.to_thread(
+        meanwhile. Raises CorralError where that cannot be, also where something has gone on all the same."""
+        async with self._alone:
+            core = self.core
+            was_frozen = core.state is State.FROZEN
+            try:
+                if not was_frozen:
+                    core.freeze()
+                await self._stand_still()
+                return await self._keep_snapshot(core, name)
+            finally:
+                if not was_frozen:
+                    core.thaw()
+
+    async def _keep_snapshot(self, core: Core, name: str) -> KeptLayer:
+        keeping = asyncio.ensure_future(
+            asyncio.to_thread(
                 keep,
-                self.core.prepared,
-                self.core.layer_fd,
+                core.prepared,
+                core.layer_fd,
                 identifier=new_id(),
                 name=name,
                 parent=self._since.layer,
                 unchanged=True,
                 since=self._since,
             )
-        finally:
-            if not was_frozen:
-                await self.thaw()
+        )
+        try:
+            kept = await asyncio.shield(keeping)
+        except asyncio.CancelledError:
+            # Nobody would know of it; and until it has ended, nothing may go on.
+            with suppress(CorralError):
+                abandoned = await keeping
+                if abandoned is not None:
+                    abandoned.discard()
+            raise
         assert kept is not None  # noqa: S101  # it is also kept where nothing is changed
+        if not core.frozen():
+            kept.discard()
+            raise CorralError("something inside went on while a snapshot was taken; take another")
         return kept
 
     async def fork(self, count: int = 1) -> list[Sandbox]:
@@ -249,16 +277,16 @@ class Sandbox:
         dropped. What runs then is another sandbox, with an id of its own, in place of this one."""
         after = self._another(layer)
         await after.start()
-        self._keep, kept = False, self._keep
-        try:
-            await self.close()
-        finally:
-            self.__dict__.update(after.__dict__)
-            self._keep = kept
+        before, keeps = copy.copy(self), self._keep
+        before._keep = False
+        self.__dict__.update(after.__dict__)
+        self._keep = keeps
+        await before.close()
 
     async def thaw(self) -> None:
         """Lets every process go on."""
-        self.core.thaw()
+        async with self._alone:
+            self.core.thaw()
 
     # ---- commands ----
 

@@ -44,7 +44,7 @@ def changes(
         found = compare(parts, layer, owners, scaffold, special_modes, raise_unreadable=os.geteuid() != 0)
     except Unreadable:
         request = {
-            "parts": [[part.name, part.path, part.lowers] for part in parts],
+            "parts": [[part.name, part.path, part.lowers, part.base] for part in parts],
             "layer": layer,
             "owners": owners_to_json(owners.within()),
             "scaffold": list(scaffold),
@@ -57,7 +57,7 @@ def changes(
 
 def serve(request: dict[str, Any]) -> Any:
     """:func:`changes` in a helper process."""
-    parts = [Changeable(name, path, tuple(lowers)) for name, path, lowers in request["parts"]]
+    parts = [Changeable(name, path, tuple(lowers), base) for name, path, lowers, base in request["parts"]]
     owners = owners_from_json(request["owners"])
     found = compare(parts, request["layer"], owners, set(request["scaffold"]), request["special_modes"])
     return [_to_json(change) for change in found]

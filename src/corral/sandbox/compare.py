@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from corral.sandbox.mounts import mounted_below
-from corral.sandbox.ownership import OwnerMap
+from corral.sandbox.ownership import SAME_IDS, OwnerMap
 from corral.sandbox.trees import (
     MAX_DEPTH,
     OPEN_DIRECTORY,
@@ -121,10 +121,18 @@ def open_part(part: Changeable, layer: int) -> dict[int, int]:
         return roots
     for number, lower in enumerate(part.lowers, UPPER + 1):
         try:
-            roots[number] = os.open(lower, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            roots[number] = os.open(_place(part, lower), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
             continue
     return roots
+
+
+def _place(part: Changeable, lower: str) -> str:
+    """Where a lower tree is: a kept layer that is still read has another name once it is discarded (see `layer`)."""
+    if not part.base or lower != part.base or os.path.isdir(lower):
+        return lower
+    *above, identifier, parts, name = lower.split("/")
+    return "/".join((*above, f"partial-0-{identifier}", parts, name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +197,8 @@ class Comparison:
         self._walk = walk
         self._upper_ids = owners.upper
         self._lower_ids = owners.workspace if part.is_project else owners.system
+        # Root's layers are kept with the ids that their files had inside.
+        self._base = UPPER + 1 if part.base and os.geteuid() == 0 else -1
         self._scaffold = scaffold
         self._mode_mask = 0o7777 if special_modes else 0o1777
         self._unlisted = 0
@@ -229,7 +239,7 @@ class Comparison:
         if after is None or (is_whiteout(after) and self._part.lowers):
             # Nothing in the upper: below an opaque directory that hides what lies below, elsewhere it has vanished.
             if before is not None and (after is not None or not level.shows_through):
-                self._add(path, ChangeKind.DELETED, before.status, None, self._count(name, before))
+                self._add(path, ChangeKind.DELETED, before, None, self._count(name, before))
             return
         is_directory = stat.S_ISDIR(after.st_mode)
         if path in self._scaffold and (is_directory or (stat.S_ISREG(after.st_mode) and after.st_size == 0)):
@@ -237,11 +247,11 @@ class Comparison:
         elif before is None:
             self._add(path, ChangeKind.ADDED, None, after)
         elif stat.S_IFMT(before.status.st_mode) != stat.S_IFMT(after.st_mode):
-            self._add(path, ChangeKind.CHANGED, before.status, after)
+            self._add(path, ChangeKind.CHANGED, before, after)
         else:
             kind = self._difference(name, before, after)
             if kind is not None:
-                self._add(path, kind, before.status, after)
+                self._add(path, kind, before, after)
         if is_directory:
             merged = before.trees if before is not None and stat.S_ISDIR(before.status.st_mode) else ()
             if walk.enter(name, path, (UPPER, *merged)):
@@ -263,7 +273,7 @@ class Comparison:
             return ChangeKind.CHANGED
         if not stat.S_ISLNK(after.st_mode) and (old.st_mode ^ after.st_mode) & self._mode_mask:
             return ChangeKind.MODE
-        if self._upper_ids is not None and self._upper_ids.owner(after) != self._lower_ids.owner(old):
+        if self._upper_ids is not None and self._upper_ids.owner(after) != self._owner(before):
             return ChangeKind.OWNER
         return None
 
@@ -276,7 +286,7 @@ class Comparison:
             if old < 0:
                 return False
             try:
-                return user_xattrs(new) == user_xattrs(old) and _same_content(new, old)
+                return user_xattrs(new) == user_xattrs(old) and same_content(new, old)
             finally:
                 os.close(old)
         except OSError:
@@ -294,10 +304,11 @@ class Comparison:
         self,
         path: str | None,
         kind: ChangeKind,
-        before: os.stat_result | None,
+        below: Below | None,
         after: os.stat_result | None,
         entries: int = 0,
     ) -> None:
+        before = below.status if below is not None else None
         if path is None or self.budget < len(path):
             self._unlisted += 1
             return
@@ -315,11 +326,15 @@ class Comparison:
                 size_after=_size(after),
                 mode_before=stat.S_IMODE(before.st_mode) if before else None,
                 mode_after=stat.S_IMODE(after.st_mode) if after else None,
-                owner_before=self._lower_ids.owner(before) if before else None,
+                owner_before=self._owner(below) if below is not None else None,
                 owner_after=self._upper_ids.owner(after) if after and self._upper_ids else None,
                 entries=entries,
             )
         )
+
+    def _owner(self, below: Below) -> tuple[int, int]:
+        """As it reads inside."""
+        return (SAME_IDS if below.tree == self._base else self._lower_ids).owner(below.status)
 
     def _count(self, name: str, before: Below) -> int:
         """Entries below a deleted directory."""
@@ -379,7 +394,7 @@ def user_xattrs(fd: int) -> dict[str, bytes]:
         return {}
 
 
-def _same_content(new: int, old: int) -> bool:
+def same_content(new: int, old: int) -> bool:
     """Compares two open files; reads no more than the older one had when it was opened."""
     first, second = os.fstat(new), os.fstat(old)
     if not stat.S_ISREG(first.st_mode) or not stat.S_ISREG(second.st_mode) or first.st_size != second.st_size:

@@ -18,11 +18,12 @@ from typing import Any
 from corral.diskspace import KEEP_SHARE, spare_bytes
 from corral.errors import CorralError
 from corral.sandbox import asowner
-from corral.sandbox.compare import join, user_xattrs
+from corral.sandbox.compare import join, same_content, user_xattrs
 from corral.sandbox.ownership import NOBODY, SAME_IDS, Ids, OwnerMap
 from corral.sandbox.trees import (
     OPAQUE,
     OPEN_DIRECTORY,
+    OPEN_FILE,
     OVERLAY_PREFIX,
     UPPER,
     Unreadable,
@@ -69,7 +70,7 @@ class Copied:
 
 
 MAX_PLACE = 4000
-"""Characters of a path that one system call can follow."""
+"""Bytes of a path that one system call can follow."""
 MAX_SEEN = 200_000
 """Files that are remembered from one snapshot to the next."""
 _TICK = 50_000_000
@@ -86,8 +87,8 @@ class Since:
     taken: int = 0
     """When, in nanoseconds since the epoch."""
     files: dict[int, tuple[int, str]] = field(default_factory=dict)
-    """Change time and place, by inode number. Renaming a file changes that time, and its number is its own while it
-    lives (tmpfs(5))."""
+    """Change time and place, by inode number: what is worth to be compared. Renaming a file changes that time, and its
+    number is its own while it lives (tmpfs(5))."""
 
     def place(self, status: os.stat_result) -> str:
         """Where a file lies as it is now; nothing where it must be copied."""
@@ -200,8 +201,10 @@ def _copy(
             for source, owners in (*sources, (layer, ids)):
                 roots: list[int] = []
                 try:
-                    for parent in (source, target):
-                        roots.append(os.open(part.name, OPEN_DIRECTORY, dir_fd=parent))
+                    # A part may have had another name in the base's policy.
+                    own = os.path.basename(part.base) if source == base else part.name
+                    for parent, called in ((source, own), (target, part.name)):
+                        roots.append(os.open(called, OPEN_DIRECTORY, dir_fd=parent))
                     status = os.fstat(roots[0])
                     trees = {UPPER: roots[0], _COPY: roots[1]}
                     with Walk(trees, part.path, raise_unreadable=raise_unreadable) as walk:
@@ -279,7 +282,7 @@ class _Copier:
         kind = stat.S_IFMT(status.st_mode)
         if kind == stat.S_IFREG and path in self._scaffold and status.st_size == 0:
             return
-        merges = self._replace(target, name, kind)
+        merges, hides = self._replace(target, name, kind)
         if is_whiteout(status) and (self._part.lowers or self.is_over):
             if self._part.lowers:
                 self._copy_whiteout(target, name)
@@ -292,6 +295,9 @@ class _Copier:
             self._room.take(4096)
             if not merges:
                 os.mkdir(name, 0o700, dir_fd=target)
+            if hides and self._part.lowers:
+                # It hid what lies below the base by what the base has there, and does so without that now.
+                os.setxattr(f"/proc/self/fd/{target}/{name}", OPAQUE, b"y")
             if walk.enter(name, path, (UPPER, _COPY)) and _COPY in walk.current.fds:
                 walk.current.status = status
                 walk.current.names = iter(walk.list(UPPER))
@@ -311,22 +317,23 @@ class _Copier:
             # Freshly made in a directory of our own, so it cannot be a link.
             os.chmod(name, status.st_mode & 0o777, dir_fd=target)
 
-    def _replace(self, target: int, name: str, kind: int) -> bool:
-        """Removes what the base has there, unless both are directories that are merged. Whether they are."""
+    def _replace(self, target: int, name: str, kind: int) -> tuple[bool, bool]:
+        """Removes what the base has there, unless both are directories that are merged. Whether they are, and whether
+        something was removed."""
         try:
             below = os.stat(name, dir_fd=target, follow_symlinks=False)
         except FileNotFoundError:
-            return False
+            return False, False
         if kind == stat.S_IFDIR and stat.S_ISDIR(below.st_mode):
             fd = self._walk.open(UPPER, name, OPEN_DIRECTORY)
             try:
                 if fd >= 0 and not is_opaque(fd):
-                    return True
+                    return True, False
             finally:
                 if fd >= 0:
                     os.close(fd)
         remove_tree(target, name)
-        return False
+        return False, True
 
     def _copy_whiteout(self, target: int, name: str) -> None:
         self._copied.entries += 1
@@ -354,7 +361,7 @@ class _Copier:
                 return
             if self.is_base and self._link_to(self._walk.current.fds[UPPER], name, name, target):
                 return
-            if self._link_to_earlier(status, name, target):
+            if self._link_to_earlier(source, status, name, target):
                 return
             link = f"{status.st_dev}-{status.st_ino}" if status.st_nlink > 1 else ""
             if link and self._link(link, name, target):
@@ -386,13 +393,25 @@ class _Copier:
             return False
         return True
 
-    def _link_to_earlier(self, status: os.stat_result, name: str, target: int) -> bool:
-        """Makes a file that is as it was when it was copied before a link to that copy."""
+    def _link_to_earlier(self, source: int, status: os.stat_result, name: str, target: int) -> bool:
+        """Makes a file that is as it was when it was copied before a link to that copy. Its content is compared: what
+        is written through a mapping (mmap(2)) changes no time on tmpfs."""
         if self.before is None:
             return False
         directory, since = self.before
         place = since.place(status)
-        if not place or not self._link_to(directory, place, name, target):
+        if not place:
+            return False
+        try:
+            earlier = os.open(place, OPEN_FILE, dir_fd=directory)
+        except OSError:
+            return False
+        try:
+            is_same = user_xattrs(source) == user_xattrs(earlier) and same_content(source, earlier)
+        finally:
+            os.close(earlier)
+        os.lseek(source, 0, os.SEEK_SET)
+        if not is_same or not self._link_to(directory, place, name, target):
             return False
         self._remember(status, name)
         return True
@@ -401,7 +420,7 @@ class _Copier:
         if self.seen is not None:
             above = [level.name for level in self._walk.levels[1:]]
             place = "/".join((self._part.name, *above, name))
-            if len(place) < MAX_PLACE:
+            if len(os.fsencode(place)) < MAX_PLACE:
                 self.seen.add(status, place)
 
     def _link(self, link: str, name: str, target: int) -> bool:

@@ -155,6 +155,7 @@ class Core:
             prepared.identity.release()
         self._keeper_pidfd = os.pidfd_open(self.keeper)
         self._keeper_lock = threading.RLock()  # signal handlers kill too, in the thread that may have it
+        self._standing = threading.RLock()
         self._freezer = Freezer(prepared.groups.path(Controller.FREEZE), self._request)
         # Not before the launcher is at work: until the walls stand there is time to load it.
         from corral.sandbox.supervision import Supervision
@@ -317,16 +318,18 @@ class Core:
     def freeze(self) -> None:
         """Stops every process where it is. Execs can be started again after :meth:`thaw`."""
         self._require_running()
-        self._freezer.stop()
-        self.state = State.FROZEN
+        with self._standing:
+            self._freezer.stop()
+            self.state = State.FROZEN
 
     def _stand_still(self, still: bool) -> None:
         """Freezes while an action is held, where the policy says so. From any thread: the state is not touched."""
-        if self.state is State.RUNNING:  # else whoever froze it thaws it
-            if still:
-                self._freezer.stop()
-            else:
-                self._freezer.go_on()
+        with self._standing:
+            if self.state is State.RUNNING:  # else whoever froze it thaws it
+                if still:
+                    self._freezer.stop()
+                else:
+                    self._freezer.go_on()
 
     def frozen(self) -> bool:
         """Whether all have stopped since :meth:`freeze`."""
@@ -337,8 +340,9 @@ class Core:
     def thaw(self) -> None:
         """Lets all go on."""
         if self.state is State.FROZEN:
-            self._freezer.go_on()
-            self.state = State.RUNNING
+            with self._standing:
+                self._freezer.go_on()
+                self.state = State.RUNNING
             self.supervision.hold_if_asked()
 
     def _require_running(self) -> None:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Collection
 from contextlib import suppress
 
+from corral.errors import SandboxClosed
 from corral.sandbox.channel import Request
 from corral.sandbox.limits import children, descendants
 
@@ -34,7 +35,8 @@ class Freezer:
 
     def go_on(self) -> None:
         """Undoes :meth:`stop`."""
-        self._set("0", Request.CONTINUE_ALL)
+        with suppress(SandboxClosed):  # then nothing stands still any more
+            self._set("0", Request.CONTINUE_ALL)
 
     def confirm(self) -> None:
         """The first process has done what :meth:`stop` asked of it."""
@@ -45,11 +47,14 @@ class Freezer:
         if self._group is None:
             self._request(request)
             return
-        fd = os.open(f"{self._group}/cgroup.freeze", os.O_WRONLY | os.O_CLOEXEC)
         try:
-            os.write(fd, value.encode())
-        finally:
-            os.close(fd)
+            fd = os.open(f"{self._group}/cgroup.freeze", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(fd, value.encode())
+            finally:
+                os.close(fd)
+        except OSError:
+            raise SandboxClosed("it is ending") from None
 
     def has_stopped(self, keeper: int, waiting: Collection[int]) -> bool:
         """Whether all below the keeper but the first process have stopped.
@@ -66,13 +71,16 @@ class Freezer:
                 for pid in (pid for each in first for pid in descendants(each))
                 for tid in _threads(pid)
             )
-        with open(f"{self._group}/cgroup.events", encoding="ascii") as file:
-            if "frozen 1" in file.read():
-                return True
-        if not waiting:
-            return False
-        with open(f"{self._group}/cgroup.threads", encoding="ascii") as file:
-            others = {int(line) for line in file} - set(waiting)
+        try:
+            with open(f"{self._group}/cgroup.events", encoding="ascii") as file:
+                if "frozen 1" in file.read():
+                    return True
+            if not waiting:
+                return False
+            with open(f"{self._group}/cgroup.threads", encoding="ascii") as file:
+                others = {int(line) for line in file} - set(waiting)
+        except OSError:
+            raise SandboxClosed("it is ending") from None
         return all(_stands_still(tid) for tid in others)
 
 

@@ -83,9 +83,10 @@ def keep(
                     return None
                 existed = baseline.existing(prepared.directory, listed)
                 if base:
-                    start = baseline.read(base.directory, base.layer.began)
-                    existed |= start.existed  # as it was when the first of them was kept
-                    baseline.accept(directory, start.accepted)
+                    with suppress(FileNotFoundError):  # of one that was kept by an earlier version
+                        start = baseline.read(base.directory, base.layer.began)
+                        existed |= start.existed  # as it was when the first of them was kept
+                        baseline.accept(directory, start.accepted)
                 kept = replace(
                     _describe(prepared, stored, copied, len(listed), command),
                     id=identifier,
@@ -121,7 +122,7 @@ def _earlier(since: Since | None, stack: ExitStack) -> tuple[int, Since] | None:
     except CorralError:
         return None
     stack.callback(os.close, parts)
-    return parts, since
+    return parts, replace(since)  # as it is now, with that layer
 
 
 def _describe(prepared: Prepared, owners: OwnerMap, copied: Copied, count: int, command: str) -> KeptLayer:

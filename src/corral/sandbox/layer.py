@@ -245,12 +245,12 @@ def store() -> Iterator[int]:
 @contextmanager
 def locked(parent: int, name: str, how: int) -> Iterator[int]:
     """A directory that is locked as flock(2) says. Raises OSError."""
-    fd = os.open(name, OPEN_DIRECTORY, dir_fd=parent)
+    fd, owner = os.open(name, OPEN_DIRECTORY, dir_fd=parent), os.getpid()
     try:
         fcntl.flock(fd, how)
         yield fd
     finally:
-        os.close(fd)
+        _unlock(fd, owner)
 
 
 @contextmanager
@@ -261,6 +261,7 @@ def opened(identifier: str) -> Iterator[int]:
             fd = os.open(identifier, OPEN_DIRECTORY, dir_fd=layers)
         except OSError:
             raise _unknown(identifier) from None
+        owner = os.getpid()
         try:
             fcntl.flock(fd, fcntl.LOCK_SH)
             # It was there when it was opened; it is whole only if it still is, now that we have the lock.
@@ -272,7 +273,14 @@ def opened(identifier: str) -> Iterator[int]:
                 raise _unknown(identifier)
             yield fd
         finally:
-            os.close(fd)
+            _unlock(fd, owner)
+
+
+def _unlock(fd: int, owner: int) -> None:
+    """A child that was forked meanwhile has the lock too: it must neither keep it for its parent nor take it away."""
+    if os.getpid() == owner:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
 
 
 def open_parts(directory: int) -> int:
