@@ -98,6 +98,7 @@ async def test_cancelling_a_start_leaves_nothing(workspace: Path) -> None:
     box = await Sandbox(workspace).start()
     usual = time.monotonic() - begun
     await box.close()
+    gc.collect()  # what tests before this one have left is not its own
     before = descriptors()
     choice = random.Random("cancel start")
     cancelled = 0
@@ -114,7 +115,7 @@ async def test_cancelling_a_start_leaves_nothing(workspace: Path) -> None:
         await box.close()
     assert cancelled >= 5
     assert wait_until(lambda: not own_sandbox_processes() and not own_groups())
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 async def test_cancelling_an_exec_kills_its_command(workspace: Path) -> None:
