@@ -20,6 +20,7 @@ import pytest
 from corral.sandbox.box import Sandbox
 from corral.sandbox.cgroups import PREFIX, hierarchies
 from corral.sandbox.identity import RANGE_FIRST
+from corral.sandbox.trees import remove_tree
 from tests.internet.world import Internet, InternetError
 
 MakeBox = Callable[..., Awaitable[Sandbox]]
@@ -43,6 +44,19 @@ def workspace(tmp_path: Path) -> Path:
     path.mkdir(mode=0o755)
     (path / "file.txt").write_text("original\n")
     return path
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Layers of a test are kept in its own place."""
+    place = tmp_path / "state"
+    place.mkdir(mode=0o700, exist_ok=True)
+    monkeypatch.setenv("XDG_STATE_HOME", str(place))
+    yield place
+    # Deeper than pytest's own removal of old directories can go, and with modes that stop it.
+    parent = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    remove_tree(parent, place.name)
+    os.close(parent)
 
 
 @pytest.fixture

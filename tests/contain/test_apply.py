@@ -28,22 +28,11 @@ from corral.sandbox.apply.swapping import Conflict
 from corral.sandbox.apply.undo import undo
 from corral.sandbox.layer import KeptLayer
 from corral.sandbox.sync import SyncSandbox
-from corral.sandbox.trees import remove_tree
 from tests.contain.command_line import CommandLine, adopting_orphans
 
+pytestmark = pytest.mark.usefixtures("state")
+
 PYTHON = "/usr/bin/python3"
-
-
-@pytest.fixture(autouse=True)
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Layers of a test are kept in its own place."""
-    place = tmp_path / "state"
-    place.mkdir(mode=0o700, exist_ok=True)
-    monkeypatch.setenv("XDG_STATE_HOME", str(place))
-    yield place
-    parent = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
-    remove_tree(parent, place.name)
-    os.close(parent)
 
 
 @pytest.fixture

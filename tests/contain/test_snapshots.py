@@ -18,24 +18,11 @@ from corral.sandbox.apply.undo import undo
 from corral.sandbox.changes import ChangeKind
 from corral.sandbox.layer import KeptLayer, list_layers
 from corral.sandbox.sync import SyncSandbox
-from corral.sandbox.trees import remove_tree
 from tests.contain.command_line import CommandLine, adopting_orphans
 from tests.contain.conftest import MakeBox
 from tests.contain.test_apply import DO, OPERATIONS, PYTHON, in_short, look
 
 pytestmark = pytest.mark.usefixtures("state")
-
-
-@pytest.fixture
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Layers of a test are kept in its own place."""
-    place = tmp_path / "state"
-    place.mkdir(mode=0o700, exist_ok=True)
-    monkeypatch.setenv("XDG_STATE_HOME", str(place))
-    yield place
-    parent = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
-    remove_tree(parent, place.name)
-    os.close(parent)
 
 
 def run(workspace: Path, script: str, on: KeptLayer | None = None) -> tuple[str, KeptLayer]:

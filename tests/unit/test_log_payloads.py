@@ -220,8 +220,13 @@ def test_a_key_is_made_once_and_only_its_owner_can_use_it(tmp_path: Path) -> Non
     assert read_key(path) is None
     encrypt(tmp_path / "store", path)
     assert len(read_key(path) or b"") == 32
-    with pytest.raises(PayloadError, match="a key already"):
+    with pytest.raises(PayloadError, match="encrypted already"):
         encrypt(tmp_path / "store", path)
+    # What was cut short before the store was marked is done again, with the key that there is.
+    (tmp_path / "store" / "encrypted").unlink()
+    key = read_key(path)
+    encrypt(tmp_path / "store", path)
+    assert read_key(path) == key
     path.chmod(0o640)
     with pytest.raises(PayloadError, match="others can read"):
         read_key(path)

@@ -28,17 +28,18 @@ def is_marked(directory: Path) -> bool:
 def encrypt(directory: Path, key: Path) -> None:
     """Has what is kept in a store from now on encrypted, and makes the key for that.
 
-    The mark comes first: if this is cut short, nothing is kept any more until it is done again. Raises PayloadError,
-    also where there is a key already.
+    The key comes first: who keeps something in between has it already. If this is cut short there, it can be done
+    again. Raises PayloadError, also where it was done already.
     """
-    if os.path.lexists(key):
-        raise PayloadError(f"{key}: there is a key already")
+    if is_marked(directory):
+        raise PayloadError(f"{directory}: it is encrypted already, with the key {key}")
+    if not os.path.lexists(key):
+        _make(key)
     try:
         make_directory(directory, mode=0o755)
         write_file(directory / _MARK, b"", mode=0o600)
     except OSError as error:
         raise PayloadError(f"{directory}: cannot mark it: {error.strerror}") from None
-    _make(key)
 
 
 def read_key(path: Path) -> bytes | None:

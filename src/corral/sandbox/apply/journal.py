@@ -153,11 +153,15 @@ def never_begun() -> list[str]:
 
 @contextmanager
 def alone_in(workspace: str) -> Iterator[None]:
-    """Nobody else of this user applies anything to a workspace meanwhile. Waits for that."""
+    """Nobody else of this user applies anything to a workspace meanwhile. Waits for that. Raises CorralError."""
     import hashlib
 
     name = hashlib.sha256(os.fsencode(workspace)).hexdigest()[:32]
-    fd = os.open(os.path.join(store(), f"lock-{name}"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    path = os.path.join(store(), f"lock-{name}")
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise CorralError(f"{path}: {error.strerror}") from None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
@@ -223,6 +227,8 @@ def _parse(data: Any, identifier: str) -> Journal:
     texts = [data[name] for name in ("layer", "workspace", "created", "undoes")]
     if not all(type(text) is str for text in texts) or not os.path.isabs(data["workspace"]):
         raise ValueError("it names no workspace")
+    if data["undoes"] and not _ID.fullmatch(data["undoes"]):
+        raise ValueError("it undoes nothing that there could be")
     layer, workspace, created, undoes = texts
     identity = None
     if data["identity"] is not None:

@@ -168,7 +168,10 @@ class _Proposer:
         path = relative(self._layer.workspace, change.path)
         if not path:
             if change.entries:
-                raise RequestError("there are changes that are too deep, or too many, to be listed; apply some paths")
+                raise RequestError(
+                    f"{change.entries} changes are too deep, or too many, to be listed, and so to be looked at; "
+                    "nothing of this layer can be applied"
+                )
             return
         if not self._is_wanted(change, path):
             return
@@ -238,6 +241,8 @@ class _Proposer:
             except FileNotFoundError:
                 self._absent(path)
                 return None, None
+            except OSError as error:
+                raise Unfit(f"{path}: cannot look at it: {error.strerror}") from None
             touched: list[str] = []
             self._require_same(change, path, parents, status)
             if change.kind in (ChangeKind.MODE, ChangeKind.OWNER) and stat.S_ISDIR(status.st_mode):

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 
-from corral.errors import CorralError
+from corral.errors import CorralError, RequestError
 from corral.sandbox.apply import journal as journals
 from corral.sandbox.apply.carrying import finish
 from corral.sandbox.apply.journal import BEFORE, Journal, Phase, Step, alone_in, locked
@@ -60,18 +60,16 @@ def recover_in(workspace: str) -> None:
     for journal in list(unfinished()):
         if journal.workspace != workspace:
             continue
-        try:
-            found = locked(journal.id, wait=False)
-            directory = found.__enter__()
-        except CorralError:
-            continue  # somebody is at it
-        try:
-            with opened(workspace) as root:
-                take_back(journals.read(directory, journal.id), root, directory)
-        except Conflict:
-            continue  # the workspace is not there
-        finally:
-            found.__exit__(None, None, None)
+        with ExitStack() as stack:
+            try:
+                directory = stack.enter_context(locked(journal.id, wait=False))
+            except RequestError:
+                continue  # somebody is at it
+            try:
+                root = stack.enter_context(opened(workspace))
+            except Conflict:
+                continue  # the workspace is not there
+            take_back(journals.read(directory, journal.id), root, directory)
 
 
 def take_back(journal: Journal, root: int, directory: int) -> None:
