@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,44 @@ def test_what_is_applied_is_what_was_shown_or_nothing(workspace: Path, meanwhile
     assert not journal.ids()
 
 
+def test_what_is_changed_when_all_is_prepared_is_found_too(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what comes out when it changes places."""
+    proposal = propose(run(workspace, CHANGES))
+    real, before = swapping.sync, look(workspace)
+
+    def change(fd: int) -> None:
+        real(fd)
+        (workspace / "file.txt").write_text("mine")
+
+    monkeypatch.setattr(applying, "sync", change)
+    with pytest.raises(Conflict, match=r"file\.txt: it was changed meanwhile"):
+        applied(proposal)
+    assert (workspace / "file.txt").read_text() == "mine"
+    (workspace / "file.txt").write_text("original\n")
+    assert look(workspace) == before
+
+
+def test_what_is_put_into_a_directory_after_it_was_moved_aside_is_not_lost(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proposal = propose(run(workspace, "rm -r empty; echo more >>file.txt"))
+    real, inside = swapping.exchange, os.open(workspace / "empty", os.O_RDONLY | os.O_DIRECTORY)
+
+    def late(step: journal.Step, *rest: Any) -> None:
+        if step.path == "file.txt" and "precious" not in os.listdir(inside):
+            os.close(os.open("precious", os.O_CREAT | os.O_WRONLY, dir_fd=inside))
+        real(step, *rest)
+
+    monkeypatch.setattr(applying, "exchange", late)
+    try:
+        with pytest.raises(Conflict, match="empty: it was changed meanwhile"):
+            applied(proposal)
+    finally:
+        os.close(inside)
+    assert os.listdir(workspace / "empty") == ["precious"]
+    assert (workspace / "file.txt").read_text() == "original\n"
+
+
 def test_a_consent_is_for_one_proposal(workspace: Path) -> None:
     layer = run(workspace, CHANGES)
     shown = propose(layer).hash
@@ -323,6 +362,20 @@ def test_what_is_mounted_in_the_workspace_is_not_touched(workspace: Path, when: 
     assert not list(workspace.glob(".corral-*"))
 
 
+@pytest.mark.root
+def test_what_is_mounted_meanwhile_is_refused_even_if_it_looks_the_same(workspace: Path) -> None:
+    proposal = propose(run(workspace, "rm -r tree"))
+    disk = workspace.parent / "disk"
+    subprocess.run(["cp", "-a", workspace / "tree" / "below", disk], check=True)
+    subprocess.run(["mount", "--bind", disk, workspace / "tree" / "below"], check=True)
+    try:
+        with pytest.raises(Conflict, match="another file system is mounted"):
+            applied(proposal)
+        assert (disk / "two").read_text() == "2"
+    finally:
+        subprocess.run(["umount", workspace / "tree" / "below"], check=True)
+
+
 def test_another_directory_of_the_same_name_is_not_taken_for_the_first(workspace: Path) -> None:
     """What lies in it has kept its times."""
     (workspace / "other").mkdir()
@@ -417,6 +470,8 @@ def test_a_name_that_is_planted_stops_nothing(workspace: Path) -> None:
     journal.begin(made.id)  # as if it was killed just then
     (workspace / made.staging).mkdir(mode=0o700)
     (workspace / made.staging / "precious").write_text("precious")
+    again = (workspace / made.staging).stat()  # with the number that ours had, as it may be
+    journal.write(replace(made, identity=(again.st_dev, again.st_ino)))
     recover()
     assert (workspace / made.staging / "precious").exists()
     (workspace / made.staging / "precious").unlink()

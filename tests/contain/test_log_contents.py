@@ -30,7 +30,7 @@ from corral.sandbox.box import Sandbox
 from tests.contain.command_line import CommandLine, adopting_orphans
 from tests.contain.conftest import MakeBox
 from tests.contain.gateway_boxes import policy_of, python
-from tests.contain.logs import events
+from tests.contain.logs import Disk, events
 from tests.internet.world import Internet
 
 KEEP = parse_policy("log: {keep: {terminal: 30d, refused_flow: 1h}, keep_bytes: 1MiB}\n", source="test.yaml")
@@ -329,6 +329,20 @@ async def test_a_store_that_cannot_be_written_ends_the_sandbox(
         await box.close()
     log.seal()
     assert [event.why for event in events(log.directory, PayloadLost)] == ["the disk is full"]
+
+
+async def test_a_close_waits_until_it_is_recorded_for_good(
+    make_box: MakeBox, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch)
+    box = await make_box(policy=KEEP, log=log)
+    assert (await box.exec(["echo", "said"])).exit_code == 0
+    disk.works.clear()
+    closing = asyncio.ensure_future(box.close())
+    done, _ = await asyncio.wait([closing], timeout=1)
+    disk.works.set()
+    assert not done
+    await closing
 
 
 def test_a_run_whose_last_words_could_not_be_kept_says_so(cli: CommandLine, tmp_path: Path, workspace: Path) -> None:
