@@ -295,7 +295,7 @@ class _Run:
             return None
         from corral.sandbox.keeping import keep
 
-        return keep(core.prepared, core.layer_fd)
+        return keep(core.prepared, core.layer_fd, since=core.since)
 
     def _interrupted_code(self) -> int:
         """What a shell shows for a job that a signal ended, or 0."""

@@ -44,6 +44,14 @@ class Note:
     """The agent is told neither the rule nor its reason."""
 
 
+class SnapshotWhen(Enum):
+    """When a snapshot is taken without being asked for."""
+
+    NEVER = "never"
+    STEP = "step"
+    """At the start, and after each step: a command that was run from outside."""
+
+
 @dataclass(frozen=True, slots=True)
 class Filesystem:
     """What the sandbox sees of the host beside its system trees and its workspace, and what is looked at closer."""
@@ -58,6 +66,8 @@ class Filesystem:
     """Globs of absolute paths inside; opening, renaming, ... one of them is held until somebody answers."""
     watch: tuple[str, ...] = ()
     """Globs of absolute paths inside; every such action is recorded."""
+    snapshot: SnapshotWhen = SnapshotWhen.NEVER
+    """Where one cannot be taken, the sandbox ends."""
 
 
 class Permit(Enum):

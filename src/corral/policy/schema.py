@@ -25,6 +25,7 @@ from corral.policy.fields import (
     Paths,
     Profile,
     SmallSize,
+    SnapshotTime,
     Strict,
     SystemCalls,
     Trees,
@@ -61,6 +62,8 @@ class FilesystemSection(Strict):
     """Globs of files: to open, rename, ... one of them waits for an answer."""
     watch: PathGlobs = ()
     """Globs of files: to open, rename, ... one of them is recorded."""
+    snapshot: SnapshotTime = _DEFAULT.filesystem.snapshot
+    """Whether snapshots are taken by themselves: `never`, or at the start and after each `step`."""
 
 
 class NetworkSection(Strict):

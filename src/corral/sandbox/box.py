@@ -27,7 +27,6 @@ from corral.errors import CorralError, RequestError, SandboxClosed
 from corral.policy.model import Policy
 from corral.sandbox import registry
 from corral.sandbox.changes import Change, changes
-from corral.sandbox.copying import Since
 from corral.sandbox.core import Core, Exit, State
 from corral.sandbox.denials import stderr_line
 from corral.sandbox.files import READ_LIMIT, Download, FileInfo, Files
@@ -36,7 +35,7 @@ from corral.sandbox.layer import KeptLayer
 from corral.sandbox.limits import Rlimits
 from corral.sandbox.options import Listener, Options, user_id
 from corral.sandbox.ownership import owner_map
-from corral.sandbox.prepare import new_id, prepare
+from corral.sandbox.prepare import prepare
 from corral.sandbox.process import Process
 from corral.sandbox.results import ExecResult, Stats
 from corral.sandbox.stats import read_stats
@@ -97,7 +96,6 @@ class Sandbox:
 
     def _reset(self) -> None:
         """Nothing has run yet."""
-        self._since = Since()
         self._alone = asyncio.Lock()
         self._core: Core | None = None
         self._ended = asyncio.Event()
@@ -157,11 +155,10 @@ class Sandbox:
             process.release()
         self._processes.clear()
         registry.unregister(core)
-        async with self._alone:  # a snapshot still reads the layer
-            if self._log is None and not self._keep:
-                core.close_layer()
-            else:
-                await asyncio.to_thread(self._put_away, core)
+        if self._log is None and not self._keep:
+            core.close_layer()
+        else:
+            await asyncio.to_thread(self._put_away, core)
 
     def _put_away(self, core: Core) -> None:
         """In one thread to its end, so that nothing can close the layer under it."""
@@ -170,7 +167,7 @@ class Sandbox:
                 core.close_chronicle()
             finally:
                 if self._keep:
-                    self.kept = keep(core.prepared, core.layer_fd)
+                    self.kept = keep(core.prepared, core.layer_fd, since=core.since)
         finally:
             core.close_layer()
 
@@ -212,43 +209,16 @@ class Sandbox:
         meanwhile. Raises CorralError where that cannot be, also where something has gone on all the same."""
         async with self._alone:
             core = self.core
-            was_frozen = core.state is State.FROZEN
+            taken: asyncio.Future[KeptLayer | CorralError] = asyncio.get_running_loop().create_future()
+            taking = core.snapshots.take(lambda result: _set(taken, result), name=name)
             try:
-                if not was_frozen:
-                    core.freeze()
-                await self._stand_still()
-                return await self._keep_snapshot(core, name)
-            finally:
-                if not was_frozen:
-                    core.thaw()
-
-    async def _keep_snapshot(self, core: Core, name: str) -> KeptLayer:
-        keeping = asyncio.ensure_future(
-            asyncio.to_thread(
-                keep,
-                core.prepared,
-                core.layer_fd,
-                identifier=new_id(),
-                name=name,
-                parent=self._since.layer,
-                unchanged=True,
-                since=self._since,
-            )
-        )
-        try:
-            kept = await asyncio.shield(keeping)
-        except asyncio.CancelledError:
-            # Nobody would know of it; and until it has ended, nothing may go on.
-            with suppress(CorralError):
-                abandoned = await keeping
-                if abandoned is not None:
-                    abandoned.discard()
-            raise
-        assert kept is not None  # noqa: S101  # it is also kept where nothing is changed
-        if not core.frozen():
-            kept.discard()
-            raise CorralError("something inside went on while a snapshot was taken; take another")
-        return kept
+                result = await asyncio.shield(taken)
+            except asyncio.CancelledError:
+                taking.abandoned = True
+                raise
+            if isinstance(result, CorralError):
+                raise result
+            return result
 
     async def fork(self, count: int = 1) -> list[Sandbox]:
         """Starts others that begin with the files that this one has now: each has its own processes, network and ids.
@@ -417,8 +387,14 @@ class Sandbox:
         return process
 
     async def _catch_up(self) -> None:
-        if self.core.is_behind:
-            await asyncio.to_thread(self.core.catch_up)
+        """Before a command starts."""
+        core = self.core
+        if core.is_behind:
+            await asyncio.to_thread(core.catch_up)
+        while core.is_kept_still:
+            moving = asyncio.Event()
+            core.when_moving(moving.set)
+            await moving.wait()
 
     # ---- files ----
 
@@ -524,6 +500,6 @@ def _resolve(future: asyncio.Future[None], error: CorralError | None) -> None:
         future.set_result(None)
 
 
-def _set(future: asyncio.Future[Exit], result: Exit) -> None:
+def _set(future: asyncio.Future[T], result: T) -> None:
     if not future.done():
         future.set_result(result)

@@ -41,16 +41,16 @@ def keep(
     identifier: str = "",
     command: str = "",
     name: str = "",
-    parent: str = "",
+    step: int | None = None,
     unchanged: bool = False,
     since: Since | None = None,
 ) -> KeptLayer | None:
     """Copies the layer of a sandbox that has ended, or stands still, to disk; None where it changes nothing.
 
-    ``identifier`` is that of the sandbox where none is given; ``name`` is for people. With ``unchanged`` it is also
-    kept where it is just what it was begun on. ``since`` is what the last snapshot of the same sandbox has seen; it
-    becomes what this one has. Raises CorralError where it cannot be kept: nothing is left over then, and the layer in
-    memory is still there.
+    ``identifier`` is that of the sandbox where none is given; ``name`` is for people; ``step`` is the one after which
+    it is kept. With ``unchanged`` it is also kept where it is just what it was begun on. ``since`` is what the last
+    snapshot of the same sandbox, its parent, has seen; it becomes what this one has. Raises CorralError where it cannot
+    be kept: nothing is left over then, and the layer in memory is still there.
     """
     if layer < 0:
         raise RequestError("the layer is gone: it was closed, or the sandbox never ran")
@@ -91,7 +91,9 @@ def keep(
                     _describe(prepared, stored, copied, len(listed), command),
                     id=identifier,
                     name=name,
-                    parent=parent or (base.layer.id if base else ""),
+                    parent=(since.layer if since else "") or (base.layer.id if base else ""),
+                    session=prepared.id,
+                    step=step,
                     parts=parts,
                     scaffold=scaffold,
                     began=base.layer.began if base else prepared.began,

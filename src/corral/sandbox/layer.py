@@ -22,7 +22,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from corral.errors import CorralError, RequestError
 from corral.sandbox import paths
@@ -36,6 +36,9 @@ from corral.sandbox.ownership import OwnerMap, owner_map, owners_from_json, owne
 from corral.sandbox.prepare import Prepared
 from corral.sandbox.trees import OPEN_DIRECTORY, remove_tree
 from corral.sandbox.view import Changeable
+
+if TYPE_CHECKING:
+    from corral.sandbox.between import Side
 
 FORMAT = 1
 MAX_META = 4 << 20
@@ -74,6 +77,10 @@ class KeptLayer:
     """What somebody has called it."""
     parent: str = ""
     """The layer that it was begun on, or the snapshot before it; which need not be there any more."""
+    session: str = ""
+    """The sandbox whose files it holds; nothing in one that was kept by an earlier version."""
+    step: int | None = None
+    """The step after which it was taken; 0 is the start. None where that was not by itself."""
 
     @property
     def baseline(self) -> Baseline:
@@ -106,6 +113,22 @@ class KeptLayer:
         """What it changes, compared with the host as it is now. Raises RequestError when it was discarded."""
         with self.reading() as parts:
             return self._changes(parts)
+
+    def changes_since(self, before: KeptLayer) -> list[Change]:
+        """What it shows otherwise than another layer of the same workspace. Raises RequestError for one of another, and
+        when one was discarded."""
+        from corral.sandbox.between import between
+
+        if before.workspace != self.workspace:
+            raise RequestError(f"layer {before.id} is of {before.workspace}, and {self.id} of {self.workspace}")
+        with before.reading() as first, self.reading() as second:
+            return between(before.side(first), self.side(second))
+
+    def side(self, parts: int) -> Side:
+        """What it shows, for a comparison; ``parts`` is the directory of its parts."""
+        from corral.sandbox.between import Side
+
+        return Side(tuple(_with_lowers(part) for part in self.parts), parts, self.owners, self.scaffold)
 
     def patch(self) -> bytes:
         """The changes of the workspace as a unified diff for `git apply`, with the files' own characters.
@@ -313,7 +336,7 @@ _NUMBERS = ("count", "size", "entries")
 def write_meta(directory: int, kept: KeptLayer) -> None:
     """Writes what is told about a layer. Raises CorralError, OSError."""
     data: dict[str, Any] = {"format": FORMAT, "id": kept.id}
-    data |= {name: getattr(kept, name) for name in (*_TEXTS, *_NUMBERS, "began", "name", "parent")}
+    data |= {name: getattr(kept, name) for name in (*_TEXTS, *_NUMBERS, "began", "name", "parent", "session", "step")}
     data |= {
         "parts": [{"name": part.name, "path": part.path, "lowers": part.lowers} for part in kept.parts],
         "scaffold": sorted(kept.scaffold),
@@ -369,6 +392,8 @@ def _parse(data: Any, identifier: str) -> KeptLayer:
         began=_typed(data.get("began", 0), int),
         name=_typed(data.get("name", ""), str),
         parent=_typed(data.get("parent", ""), str),
+        session=_typed(data.get("session", ""), str),
+        step=None if data.get("step") is None else _typed(data["step"], int),
     )
 
 

@@ -22,7 +22,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from corral.errors import CorralError, RequestError, SandboxClosed
 from corral.reactor import Reactor
@@ -30,11 +30,17 @@ from corral.sandbox import cgroups, paths
 from corral.sandbox.channel import sealed_memfd
 from corral.sandbox.core import Core, Exit, State
 from corral.sandbox.denials import summary
+from corral.sandbox.options import check_text
 from corral.sandbox.peers import Peer, peer_of
+
+if TYPE_CHECKING:
+    from corral.sandbox.layer import KeptLayer
 
 MAX_MESSAGE = 128 << 10
 MAX_LONG_MESSAGE = 16 << 20
 MAX_CLIENTS = 64
+MAX_NAME = 200
+"""Characters of what somebody calls a snapshot."""
 KILLED = 128 + signal.SIGKILL
 """Exit code of a command that ended with its sandbox."""
 _TIMEOUT = 5.0
@@ -206,7 +212,10 @@ class _Client:
             }
             self._answer(described, (core.root_fd,))
         elif verb == "exec":
-            self._start(core, message, fds)
+            self._start_moving(core, message, fds)
+        elif verb == "snapshot":
+            name = check_text("name", str(message.get("name", ""))[:MAX_NAME])
+            core.snapshots.take(self._taken, name=name)
         elif verb == "signal" and self._exec:
             self._exec[0].signal(self._exec[1], int(message["number"]))
         elif verb in ("pending", "answer"):
@@ -240,6 +249,31 @@ class _Client:
             self._answer({"error": "it could not be frozen and was killed", "exit_code": 125})
         else:
             self._server.reactor.call_later(0.005, self._wait_frozen, core, tries - 1)
+
+    def _taken(self, result: KeptLayer | CorralError) -> None:
+        if isinstance(result, CorralError):
+            self._answer({"error": str(result), "exit_code": result.exit_code})
+        else:
+            self._answer({"layer": result.id})
+
+    def _start_moving(self, core: Core, message: dict[str, Any], fds: list[int]) -> None:
+        """Starts a command, once no snapshot is being taken any more."""
+        if not core.is_kept_still:
+            self._start(core, message, fds)
+            return
+        held = [os.dup(fd) for fd in fds]
+
+        def start() -> None:
+            try:
+                if self._connection.fileno() >= 0:
+                    self._start(core, message, held)
+            except CorralError as error:
+                self._answer({"error": str(error), "exit_code": error.exit_code})
+            finally:
+                for fd in held:
+                    os.close(fd)
+
+        core.when_moving(start)
 
     def _start(self, core: Core, message: dict[str, Any], fds: list[int]) -> None:
         if self._exec or len(fds) != 3:
