@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from corral.errors import RequestError
+from corral.errors import CorralError, RequestError
 from corral.policy.load import parse_policy
 from corral.sandbox.apply.proposal import propose
 from corral.sandbox.apply.undo import undo
@@ -315,6 +315,59 @@ def test_closed_directories_go_on_too(workspace: Path) -> None:
     assert shown == "700\n0\nclosed:\nfile\n\nopen:\n"
 
 
+STEPS = parse_policy("filesystem: {snapshot: step}\n", source="test.yaml")
+
+
+def test_each_step_can_be_gone_back_to(workspace: Path) -> None:
+    """A step is a command that was run from outside."""
+    with SyncSandbox(str(workspace), policy=STEPS, keep=True) as box:
+        for number in range(3):
+            assert box.exec(["sh", "-c", f"echo {number} >file-{number}; exit {number}"]).exit_code == number
+        steps = [layer for layer in list_layers() if layer.session == box.id]
+        assert [layer.step for layer in steps] == [0, 1, 2, 3]
+        assert [layer.parent for layer in steps] == ["", *(layer.id for layer in steps[:-1])]
+        assert [sorted(os.path.basename(path) for path in paths(layer)) for layer in steps] == [
+            [f"file-{number}" for number in range(count)] for count in range(4)
+        ]
+        assert [paths(layer) for layer in steps] == [
+            {change.path: change.kind for change in layer.changes_since(steps[0])} for layer in steps
+        ]
+        box.restore(steps[1])
+        assert box.exec(["sh", "-c", "ls; echo >new"]).text == "file-0\nfile.txt\n"
+        after = [layer for layer in list_layers() if layer.session == box.id]
+        assert [(layer.step, layer.parent) for layer in after] == [(0, steps[1].id), (1, after[0].id)]
+    assert box.kept is not None
+    assert (box.kept.parent, box.kept.session, box.kept.step) == (after[1].id, box.id, None)
+
+
+async def test_without_the_snapshot_of_a_step_nothing_goes_on(
+    make_box: MakeBox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes then could not be taken back."""
+    box = await make_box(policy=STEPS)
+
+    def full(*_: object, **__: object) -> None:
+        raise CorralError("the changes cannot be kept: no space")
+
+    monkeypatch.setattr("corral.sandbox.snapshots.keep", full)
+    await box.exec(["true"])
+    assert await asyncio.wait_for(box.wait_ended(), 10) == (
+        "the snapshot of step 1 could not be taken: the changes cannot be kept: no space"
+    )
+    with pytest.raises(CorralError, match="no space"):
+        await make_box(policy=STEPS)
+
+
+async def test_a_command_that_comes_during_a_snapshot_waits(make_box: MakeBox) -> None:
+    box = await make_box()
+    await box.exec(["sh", "-c", "head -c 30M /dev/urandom >big"])
+    taking = asyncio.ensure_future(box.snapshot())
+    while not box.core.is_kept_still:
+        await asyncio.sleep(0)
+    assert (await box.exec(["echo", "after"])).text == "after\n"
+    assert taking.done()
+
+
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(first=OPERATIONS, then=OPERATIONS, last=OPERATIONS)
 def test_layers_on_layers_are_what_the_runs_saw(
@@ -368,3 +421,31 @@ def test_an_operator_goes_on(cli: CommandLine, workspace: Path) -> None:
     assert cli("apply", "--yes").returncode == 0
     assert sorted(os.listdir(workspace)) == ["file.txt", "one", "two"]
     assert cli.run("--on", "aaaaaaaa", "--", "true").returncode == 125
+
+
+def test_an_operator_keeps_states_of_what_runs(cli: CommandLine, workspace: Path) -> None:
+    script = "echo 1 >one; echo ready; read _; echo 2 >two; rm file.txt; echo ready; read _"
+    with cli.live("--", "sh", "-c", script) as (sandbox, process):
+        assert process.stdin is not None and process.stdout is not None
+        taken = []
+        for name in ("before \u202e it", ""):
+            assert process.stdout.readline() == b"ready\n"
+            answer = json.loads(cli("snapshot", sandbox, "--name", name, "--json").stdout)
+            assert (answer["sandbox"], answer["name"]) == (sandbox, name)
+            taken.append(answer["layer"])
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+        assert process.wait(30) == 0
+    rows = json.loads(cli("diff", *taken, "--json").stdout)
+    assert {(os.path.basename(row["path"]), row["kind"]) for row in rows} == {("two", "added"), ("file.txt", "deleted")}
+    rows = json.loads(cli("snapshot", "--list", "--json").stdout)
+    assert [(row["id"], row["parent"]) for row in rows] == [
+        (taken[0], None),
+        (taken[1], taken[0]),
+        (sandbox, taken[1]),
+    ]
+    tree = cli("snapshot", "--list", sandbox).stdout.decode()
+    assert taken[0] in tree and "\u202e" not in tree
+    assert cli("snapshot", sandbox).returncode == 125  # it has ended
+    assert cli("snapshot").returncode == 125
+    assert cli("run", "--on", taken[0], "--", "ls").stdout == b"file.txt\none\n"

@@ -262,18 +262,45 @@ def _deny(
 @guarded
 def _diff(
     layer: Annotated[str | None, typer.Argument(metavar="[ID]", help="A kept layer [default: the last one].")] = None,
+    other: Annotated[str | None, typer.Argument(metavar="[ID]", help="Another: show what is different in it.")] = None,
     workspace_only: Annotated[bool, typer.Option("--workspace-only", help="Leave home and system trees out.")] = False,
     patch: Annotated[bool, typer.Option("--patch", help="Print the workspace's changes as a patch.")] = False,
     list_all: Annotated[bool, typer.Option("--list", help="List the kept layers instead.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a run has changed."""
+    """Show what a run has changed, or what is different between two kept layers."""
     from corral.cli.diff import list_layers_command, show_changes
 
     if list_all:
         list_layers_command(as_json=as_json)
     else:
-        show_changes(layer, workspace_only=workspace_only, patch=patch, as_json=as_json)
+        show_changes(layer, other, workspace_only=workspace_only, patch=patch, as_json=as_json)
+
+
+_Live = Annotated[str, typer.Argument(metavar="ID", help="Id of a live sandbox, or its beginning.")]
+
+
+@app.command("snapshot")
+@guarded
+def _snapshot(
+    sandbox: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="Id of a live sandbox, or its beginning.")
+    ] = None,
+    name: Annotated[str, typer.Option("--name", metavar="TEXT", help="What to call it.")] = "",
+    list_all: Annotated[
+        bool, typer.Option("--list", help="Show what is kept as a tree instead: what came of what.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Keep the files of a live sandbox as they are now; prints the id of the layer.
+
+    Everything in it stands still for that moment. `corral run --on LAYER` begins there."""
+    from corral.cli.snapshots import show_tree, take_snapshot
+
+    if list_all:
+        show_tree(sandbox, as_json=as_json)
+    else:
+        take_snapshot(sandbox, name, as_json=as_json)
 
 
 @app.command("apply")

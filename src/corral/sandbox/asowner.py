@@ -84,9 +84,9 @@ def _map(program: str, pid: int, lines: Sequence[IdLine]) -> None:
 
 
 def _operations() -> dict[str, Callable[[dict[str, Any]], Any]]:
-    from corral.sandbox import changes, copying, patch
+    from corral.sandbox import between, changes, copying, patch
 
-    return {"changes": changes.serve, "copy": copying.serve, "patch": patch.serve}
+    return {"between": between.serve, "changes": changes.serve, "copy": copying.serve, "patch": patch.serve}
 
 
 def _write(path: str, text: str) -> None:

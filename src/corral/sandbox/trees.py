@@ -91,6 +91,8 @@ class Walk:
     def __init__(self, roots: Mapping[int, int], path: str, *, raise_unreadable: bool = False) -> None:
         """Starts at copies of the given descriptors, which stay the caller's."""
         self.raise_unreadable = raise_unreadable
+        self.uppers = {UPPER}
+        """The trees that are layers, whose files are all of one owner."""
         self.levels = [Level("", path, {tree: os.open(".", OPEN_DIRECTORY, dir_fd=fd) for tree, fd in roots.items()})]
 
     def __enter__(self) -> Walk:
@@ -126,7 +128,7 @@ class Walk:
         try:
             return os.stat(name, dir_fd=fd, follow_symlinks=False)
         except PermissionError as error:
-            if tree == UPPER:
+            if tree in self.uppers:
                 self._unreadable(error)
         except OSError:
             pass
@@ -142,7 +144,7 @@ class Walk:
         except PermissionError as error:
             # Below lie the host's files. Those of others are as closed to the sandbox as they are to its caller.
             status = self.status(tree, name)
-            if tree == UPPER or (status is not None and status.st_uid == os.geteuid()):
+            if tree in self.uppers or (status is not None and status.st_uid == os.geteuid()):
                 self._unreadable(error)
         except OSError:
             pass
