@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from corral.policy.load import parse_policy
+from corral.policy.model import Policy
 from corral.sandbox.apply.proposal import propose
 from corral.sandbox.apply.undo import undo
 from corral.sandbox.changes import Change, ChangeKind, FileType
@@ -137,6 +139,7 @@ class States(RuleBasedStateMachine):
     """One sandbox, and what was seen in it at each snapshot."""
 
     snapshots = Bundle("snapshots")
+    policy: Policy | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +153,7 @@ class States(RuleBasedStateMachine):
         for path in (self.workspace, *self.workspace.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
         self.before = look(self.workspace)
-        self.box = SyncSandbox(str(self.workspace), keep=True).start()
+        self.box = SyncSandbox(str(self.workspace), keep=True, policy=self.policy).start()
         self.now = seen(self.box, self.workspace)
         self.taken: list[tuple[KeptLayer, dict[str, Any]]] = []
 
@@ -212,10 +215,17 @@ class States(RuleBasedStateMachine):
         return any(_parts(row)[0] is FileType.FIFO for row in self.now.values())
 
 
-def test_whatever_is_done_each_state_is_what_it_was(state: Path) -> None:
+class StatesInPlace(States):
+    """The sandbox stays the same one when it goes back."""
+
+    policy = parse_policy("filesystem: {restore_keeps: [/usr/bin/sleep]}\n", source="test.yaml")
+
+
+@pytest.mark.parametrize("machine", [States, StatesInPlace])
+def test_whatever_is_done_each_state_is_what_it_was(state: Path, machine: type[States]) -> None:
     rounds = int(os.environ.get("CORRAL_ROUNDS", "6"))
     run_state_machine_as_test(
-        States,
+        machine,
         settings=settings(
             max_examples=rounds, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
         ),

@@ -7,6 +7,7 @@ import inspect
 import json
 import sys
 import time
+from collections.abc import Collection
 from typing import Annotated, Any
 
 import typer
@@ -67,27 +68,41 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-@guarded
-def _run(**given: Any) -> None:
-    from corral.cli.run import run
-
+def _arguments(given: dict[str, Any]) -> Arguments:
+    """What typer has read, as `corral run` takes it."""
     command = given.pop("command")
     by_name = {name.replace("_", "-"): value for name, value in given.items()}
     many = {option.name for option in RUN_OPTIONS if option.many}
     flags = {option.name for option in RUN_OPTIONS if not option.metavar}
-    arguments = Arguments(
+    return Arguments(
         {name: value for name, value in by_name.items() if name not in many | flags and value is not None},
         {name: tuple(value) for name, value in by_name.items() if name in many and value},
         frozenset(name for name, value in by_name.items() if name in flags and value),
         tuple(command),
     )
-    sys.exit(run(arguments))
 
 
-def _run_signature() -> inspect.Signature:
+@guarded
+def _run(**given: Any) -> None:
+    from corral.cli.run import run
+
+    sys.exit(run(_arguments(given)))
+
+
+@guarded
+def _fork(**given: Any) -> None:
+    from corral.cli.snapshots import fork
+
+    sandbox = given.pop("sandbox")
+    sys.exit(fork(sandbox, _arguments(given)))
+
+
+def _run_signature(*before: inspect.Parameter, but: Collection[str] = ()) -> inspect.Signature:
     """The table of :mod:`corral.cli.options` as the parameters that typer reads a command's options from."""
     parameters = []
     for option in RUN_OPTIONS:
+        if option.name in but:
+            continue
         words = [f"--{option.name}", *([f"-{option.short}"] if option.short else [])]
         if option.metavar:
             kind: Any = list[str] | None if option.many else str | None
@@ -98,11 +113,23 @@ def _run_signature() -> inspect.Signature:
     parameters.append(("command", list[str], typer.Argument(..., metavar="COMMAND")))
     how = inspect.Parameter.KEYWORD_ONLY
     return inspect.Signature(
-        [inspect.Parameter(name, how, default=value, annotation=kind) for name, kind, value in parameters]
+        [
+            *before,
+            *(inspect.Parameter(name, how, default=value, annotation=kind) for name, kind, value in parameters),
+        ]
     )
 
 
 _run.__signature__ = _run_signature()  # type: ignore[attr-defined]
+_fork.__signature__ = _run_signature(  # type: ignore[attr-defined]
+    inspect.Parameter(
+        "sandbox",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=typer.Argument(..., metavar="ID", help="Id of a live sandbox, or its beginning."),
+        annotation=str,
+    ),
+    but=("on", "workspace"),
+)
 app.command(
     "run",
     context_settings={"allow_interspersed_args": False},
@@ -110,6 +137,13 @@ app.command(
     "cannot be built, 137 when it was killed.\n\n" + _paragraph(RUN_EXAMPLES),
     short_help="Run a command in a new sandbox.",
 )(_run)
+app.command(
+    "fork",
+    context_settings={"allow_interspersed_args": False},
+    help="Run COMMAND in a new sandbox that begins with the files that a live one has now. It has processes, a network "
+    "and a policy of its own: the built-in one, or that of --policy. Options and exit codes are those of `corral run`.",
+    short_help="Run a command in a copy of a live sandbox.",
+)(_fork)
 
 
 def _print_json(value: object) -> None:
@@ -301,6 +335,21 @@ def _snapshot(
         show_tree(sandbox, as_json=as_json)
     else:
         take_snapshot(sandbox, name, as_json=as_json)
+
+
+@app.command("restore")
+@guarded
+def _restore(
+    sandbox: _Live,
+    layer: Annotated[str, typer.Argument(metavar="LAYER", help="A kept layer; `corral snapshot --list` shows them.")],
+    as_json: Json = False,
+) -> None:
+    """Set the files of a live sandbox back to a snapshot, or on to any layer of its workspace.
+
+    All that runs in it is killed, but for programs that its policy names (filesystem.restore_keeps)."""
+    from corral.cli.snapshots import restore_to
+
+    restore_to(sandbox, layer, as_json=as_json)
 
 
 @app.command("apply")

@@ -24,7 +24,7 @@ from corral.policy.profiles import PROFILES
 from corral.reactor import Loop
 from corral.sandbox import registry
 from corral.sandbox.core import Core, Exit
-from corral.sandbox.denials import summary
+from corral.sandbox.denials import set_back, summary
 from corral.sandbox.options import Listener, Options, user_id
 from corral.sandbox.prepare import prepare
 from corral.sandbox.view import is_touched
@@ -317,6 +317,8 @@ class _Run:
         quiet = "quiet" in self._arguments.flags or isinstance(error, ExecError)  # which says it itself
         if exit and not quiet and (exit.denials or exit.denials_dropped):
             complain(summary(exit.denials, exit.denials_dropped, place=""))
+        if exit and exit.restored and not quiet:
+            complain(set_back(exit.restored))
         if kept and "quiet" not in self._arguments.flags:
             sys.stderr.write(
                 f"corral: {kept.count} change{'s' if kept.count != 1 else ''} kept: "

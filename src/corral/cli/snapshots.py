@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from dataclasses import replace
 
 from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
 from corral.cli.foreground import printable
+from corral.cli.options import Arguments
 from corral.errors import RequestError
 from corral.sandbox import registry
-from corral.sandbox.layer import KeptLayer, list_layers
+from corral.sandbox.layer import KeptLayer, list_layers, open_layer
 
 _PATIENCE = 600.0
 """Seconds that a snapshot may take: what was written is copied."""
@@ -21,14 +24,46 @@ def take_snapshot(sandbox: str | None, name: str, *, as_json: bool) -> None:
     """Takes one of a live sandbox. Raises RequestError where that cannot be."""
     if sandbox is None:
         raise RequestError("name the sandbox; `corral ps` lists those that live")
+    layer, _ = _take(sandbox, name)
+    print(json.dumps({"layer": layer, "name": name}) if as_json else layer)
+
+
+def _take(sandbox: str, name: str) -> tuple[str, str]:
+    """The id of a new snapshot, and its workspace."""
     connection, entry = registry.find_sandbox(sandbox)
     try:
         connection.socket.settimeout(_PATIENCE)
         answer, _ = connection.ask({"verb": "snapshot", "id": entry.id, "name": name})
     finally:
         connection.close()
-    layer = str(answer["layer"])
-    print(json.dumps({"sandbox": entry.id, "layer": layer, "name": name}) if as_json else layer)
+    return str(answer["layer"]), entry.workspace
+
+
+def fork(sandbox: str, arguments: Arguments) -> int:
+    """Runs a command in a copy of a live sandbox; its exit code. Raises RequestError where there is no such."""
+    from corral.cli.run import run
+
+    if arguments.command[0] == "--":  # options end at the id; writing it all the same is a habit
+        arguments = replace(arguments, command=arguments.command[1:])
+    if not arguments.command:
+        raise RequestError("no command was given")
+    layer, workspace = _take(sandbox, "")
+    try:
+        return run(replace(arguments, values=arguments.values | {"on": layer, "workspace": workspace}))
+    finally:
+        with suppress(RequestError):  # somebody has discarded it
+            open_layer(layer).discard()
+
+
+def restore_to(sandbox: str, layer: str, *, as_json: bool) -> None:
+    """Sets the files of a live sandbox back. Raises RequestError where that cannot be."""
+    connection, entry = registry.find_sandbox(sandbox)
+    try:
+        connection.socket.settimeout(_PATIENCE)
+        connection.ask({"verb": "restore", "id": entry.id, "layer": layer})
+    finally:
+        connection.close()
+    print(json.dumps({"sandbox": entry.id, "layer": layer}) if as_json else f"{entry.id} has the files of {layer}")
 
 
 def show_tree(session: str | None, *, as_json: bool) -> None:

@@ -68,6 +68,8 @@ class Filesystem:
     """Globs of absolute paths inside; every such action is recorded."""
     snapshot: SnapshotWhen = SnapshotWhen.NEVER
     """Where one cannot be taken, the sandbox ends."""
+    restore_keeps: tuple[str, ...] = ()
+    """Globs of programs, by their path inside, that go on when the files are set back; all others are killed."""
 
 
 class Permit(Enum):

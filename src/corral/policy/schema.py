@@ -64,6 +64,8 @@ class FilesystemSection(Strict):
     """Globs of files: to open, rename, ... one of them is recorded."""
     snapshot: SnapshotTime = _DEFAULT.filesystem.snapshot
     """Whether snapshots are taken by themselves: `never`, or at the start and after each `step`."""
+    restore_keeps: PathGlobs = ()
+    """Globs of programs that go on when the files are set back to a snapshot; all others are killed."""
 
 
 class NetworkSection(Strict):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,7 +53,7 @@ def between(before: Side, after: Side) -> list[Change]:
     try:
         found = _between(before, after, raise_unreadable=os.geteuid() != 0)
     except Unreadable:
-        request = {"before": _side_to_json(before), "after": _side_to_json(after)}
+        request = {"before": side_to_json(before), "after": side_to_json(after)}
         fds = tuple(dict.fromkeys((before.layer, after.layer)))
         ids = next((side.owners.upper for side in (before, after) if side.owners.upper), None)
         namespace = (before if ids is None or ids is before.owners.upper else after).owners.namespace()
@@ -64,10 +64,12 @@ def between(before: Side, after: Side) -> list[Change]:
 
 def serve(request: dict[str, Any]) -> Any:
     """:func:`between` in a helper process."""
-    return [to_json(each) for each in _between(*(_side_from_json(request[name]) for name in ("before", "after")))]
+    before, after = (side_from_json(request[name]) for name in ("before", "after"))
+    return [to_json(change) for change in _between(before, after)]
 
 
-def _side_to_json(side: Side) -> dict[str, Any]:
+def side_to_json(side: Side) -> dict[str, Any]:
+    """A side as it is in the namespace of its owner (:mod:`corral.sandbox.asowner`)."""
     return {
         "parts": [[part.name, part.path, part.lowers, part.base] for part in side.parts],
         "layer": side.layer,
@@ -76,13 +78,22 @@ def _side_to_json(side: Side) -> dict[str, Any]:
     }
 
 
-def _side_from_json(data: dict[str, Any]) -> Side:
+def side_from_json(data: dict[str, Any]) -> Side:
+    """The side that :func:`side_to_json` made."""
     parts = tuple(Changeable(name, path, tuple(lowers), base) for name, path, lowers, base in data["parts"])
     return Side(parts, data["layer"], owners_from_json(data["owners"]), frozenset(data["scaffold"]))
 
 
 def _between(before: Side, after: Side, *, raise_unreadable: bool = False) -> list[Change]:
     found: list[Change] = []
+    go_through(before, after, lambda part: found.extend(part.found), raise_unreadable=raise_unreadable)
+    return found
+
+
+def go_through(
+    before: Side, after: Side, finished: Callable[[PartComparison], None], *, raise_unreadable: bool = False
+) -> None:
+    """Compares part by part, and calls back with each while its trees are open. Raises Unreadable where asked for."""
     budget = MAX_TEXT
     firsts, seconds = ({part.path: part for part in side.parts} for side in (before, after))
     for path in {**firsts, **seconds}:
@@ -99,11 +110,10 @@ def _between(before: Side, after: Side, *, raise_unreadable: bool = False) -> li
                 continue
             walk = stack.enter_context(Walk(trees.roots, path, raise_unreadable=raise_unreadable))
             walk.uppers = trees.uppers
-            comparison = _Comparison(shown, walk, sides, trees, before.scaffold | after.scaffold, budget)
+            comparison = PartComparison(shown, walk, sides, trees, before.scaffold | after.scaffold, budget)
             comparison.run()
-            found += comparison.found
+            finished(comparison)
             budget = comparison.budget
-    return found
 
 
 class _Trees:
@@ -147,7 +157,7 @@ class _Trees:
         return side.owners.workspace if part.is_project else side.owners.system
 
 
-class _Comparison:
+class PartComparison:
     """The walk through one part. ``found`` is the answer, ``budget`` what is left of the text limit."""
 
     def __init__(
@@ -160,12 +170,15 @@ class _Comparison:
         budget: int,
     ) -> None:
         self.found: list[Change] = []
+        self.sources: list[int] = []
+        """Of each: the tree in which ``after`` has it, or -1."""
+        self.unlisted = 0
+        """What was left out of these: too long, too deep, too much."""
         self.budget = budget
-        self._part = part
+        self.part = part
         self._walk, self._trees, self._scaffold = walk, trees, scaffold
         self._sides = [(sides[0], sides[1])]
         """Of each level: the trees that are merged, on either side."""
-        self._unlisted = 0
 
     def run(self) -> None:
         """Goes through all of it."""
@@ -181,9 +194,14 @@ class _Comparison:
                 self._sides.pop()
             else:
                 break
-        if self._unlisted:
-            whole = Change(self._part.name, self._part.path, ChangeKind.CHANGED, FileType.DIRECTORY)
-            self.found.append(replace(whole, entries=self._unlisted))
+        if self.unlisted:
+            whole = Change(self.part.name, self.part.path, ChangeKind.CHANGED, FileType.DIRECTORY)
+            self.found.append(replace(whole, entries=self.unlisted))
+            self.sources.append(-1)
+
+    def root(self, tree: int) -> int:
+        """The directory of a tree, as long as the comparison is open."""
+        return self._trees.roots[tree]
 
     def _list(self, level: Level) -> None:
         """Where both sides lie on the same, only what the layers hold can be different."""
@@ -223,7 +241,7 @@ class _Comparison:
                 self._sides.append((merged, after.trees))
                 self._list(walk.current)
             elif len(walk.levels) >= MAX_DEPTH:
-                self._unlisted += 1
+                self.unlisted += 1
 
     def _is_one(self, before: Below, after: Below) -> bool:
         """Whether both sides show the same thing."""
@@ -293,12 +311,13 @@ class _Comparison:
     ) -> None:
         now = after or before
         if path is None or self.budget < len(path) or now is None:
-            self._unlisted += 1
+            self.unlisted += 1
             return
         self.budget -= len(path)
+        self.sources.append(after.tree if after else -1)
         self.found.append(
             Change(
-                self._part.name,
+                self.part.name,
                 path,
                 kind,
                 file_type(now.status),

@@ -28,7 +28,7 @@ from corral.policy.model import Policy
 from corral.sandbox import registry
 from corral.sandbox.changes import Change, changes
 from corral.sandbox.core import Core, Exit, State
-from corral.sandbox.denials import stderr_line
+from corral.sandbox.denials import set_back, stderr_line
 from corral.sandbox.files import READ_LIMIT, Download, FileInfo, Files
 from corral.sandbox.keeping import keep
 from corral.sandbox.layer import KeptLayer
@@ -243,14 +243,27 @@ class Sandbox:
         return box
 
     async def restore(self, layer: KeptLayer) -> None:
-        """Goes back to the files of a layer, or on to them: everything inside ends, and what it has changed since is
-        dropped. What runs then is another sandbox, with an id of its own, in place of this one."""
+        """Goes back to the files of a layer, or on to them; what it has changed since is dropped.
+
+        Everything inside ends, and what runs then is another sandbox, with an id of its own, in place of this one.
+        Where policy names programs that go on (``filesystem.restore_keeps``), it is this one still, all others in it
+        are killed, and if it fails half-way it ends."""
+        if self._options.policy.filesystem.restore_keeps:
+            async with self._alone:
+                done: asyncio.Future[KeptLayer | CorralError] = asyncio.get_running_loop().create_future()
+                self.core.snapshots.restore(lambda result: _set(done, result), layer)
+                result = await asyncio.shield(done)
+            if isinstance(result, CorralError):
+                raise result
+            return
         after = self._another(layer)
         await after.start()
+        after.core.notices.restored(layer.id, layer.name)
         before, keeps = copy.copy(self), self._keep
         before._keep = False
         self.__dict__.update(after.__dict__)
         self._keep = keeps
+        before.core.kill(set_back(layer.id))
         await before.close()
 
     async def thaw(self) -> None:
@@ -338,7 +351,7 @@ class Sandbox:
         if result.error:
             raise result.error
         status = result.status
-        line = stderr_line(result.denials, result.denials_dropped, bytes(err.kept[-1:]))
+        line = stderr_line(result.denials, result.denials_dropped, bytes(err.kept[-1:]), restored=result.restored)
         if line and on_stderr:
             on_stderr(line)
         outcome = ExecResult(
@@ -353,6 +366,7 @@ class Sandbox:
             duration=time.monotonic() - started,
             denials=result.denials,
             denials_dropped=result.denials_dropped,
+            restored=result.restored,
         )
         return outcome.check() if check else outcome
 

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
@@ -30,7 +30,7 @@ from corral.sandbox.denials import Denial, summary
 from corral.sandbox.freezer import Freezer
 from corral.sandbox.identity import ROOT_ID
 from corral.sandbox.launcher import launch
-from corral.sandbox.limits import Accountant, Rlimits, exec_limits
+from corral.sandbox.limits import Accountant, Rlimits, children, end_all_but, exec_limits
 from corral.sandbox.notices import Notices
 from corral.sandbox.prepare import Prepared
 from corral.sandbox.view import HOME
@@ -77,6 +77,8 @@ class Exit:
     """What its command and their children were refused, until it ended."""
     denials_dropped: int = 0
     """Refusals beside these."""
+    restored: str = ""
+    """The layer to which the files were set back meanwhile, if they were."""
 
     @property
     def code(self) -> int:
@@ -89,6 +91,7 @@ class _Running:
     on_exit: Callable[[Exit], None]
     on_stop: Callable[[int], None] | None
     failure: ExecError | None = None
+    restored: str = ""
 
 
 class Chronicle(Protocol):
@@ -391,6 +394,29 @@ class Core:
         when = self.prepared.options.policy.filesystem.snapshot
         return when is SnapshotWhen.STEP and self.state in (State.RUNNING, State.FROZEN)
 
+    def end_others(self) -> bool:
+        """Kills what must not outlive a change of its files, while all stands still; whether any of it is left."""
+        from corral.policy.matching import Paths
+
+        keeps = Paths(self.prepared.options.policy.filesystem.restore_keeps)
+        return end_all_but(self.keeper, lambda program: bool(keeps.all(program)))
+
+    def set_back(self, layer: KeptLayer) -> None:
+        """Makes its files those of a layer. For a thread of its own, while all stands still. Raises CorralError,
+        OSError; its files are neither these nor those then."""
+        from corral.sandbox.restore import restore
+
+        first = children(self.keeper)
+        if not first:
+            raise SandboxClosed("it is ending")
+        restore(self.prepared, self.layer_fd, self.root_fd, first[0], layer)
+
+    def was_set_back(self, layer: KeptLayer) -> None:
+        """Tells those inside, and whoever waits for commands."""
+        self.notices.restored(layer.id, layer.name)
+        for running in self._execs.values():
+            running.restored = layer.id
+
     def _keep_step(self, step: int, then: Callable[[CorralError | None], None], tries: int = 3) -> None:
         """A snapshot that policy demands. Where there is none, this is the end: what comes could not be undone."""
 
@@ -459,6 +485,8 @@ class Core:
 
     def _exec_ended(self, number: int, running: _Running, result: Exit) -> None:
         self._tell(lambda chronicle: chronicle.exec_ended(number, result))
+        if running.restored:
+            result = replace(result, restored=running.restored)
         if self._keeps_steps and running.failure is None:
             self._keep_step(number, lambda _: running.on_exit(result))
         else:

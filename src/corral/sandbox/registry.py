@@ -29,7 +29,7 @@ from corral.reactor import Reactor
 from corral.sandbox import cgroups, paths
 from corral.sandbox.channel import sealed_memfd
 from corral.sandbox.core import Core, Exit, State
-from corral.sandbox.denials import summary
+from corral.sandbox.denials import set_back, summary
 from corral.sandbox.options import check_text
 from corral.sandbox.peers import Peer, peer_of
 
@@ -216,6 +216,10 @@ class _Client:
         elif verb == "snapshot":
             name = check_text("name", str(message.get("name", ""))[:MAX_NAME])
             core.snapshots.take(self._taken, name=name)
+        elif verb == "restore":
+            from corral.sandbox.layer import open_layer
+
+            core.snapshots.restore(self._taken, open_layer(str(message["layer"])))
         elif verb == "signal" and self._exec:
             self._exec[0].signal(self._exec[1], int(message["number"]))
         elif verb in ("pending", "answer"):
@@ -299,7 +303,8 @@ class _Client:
             error = {"error": str(result.error), "exit_code": code}
         elif result.denials or result.denials_dropped:
             error = {"refused": summary(result.denials, result.denials_dropped)}
-        self._answer({"status": result.status} | error)
+        restored = {"restored": set_back(result.restored)} if result.restored else {}
+        self._answer({"status": result.status} | error | restored)
 
 
 class _Server:

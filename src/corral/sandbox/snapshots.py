@@ -1,4 +1,4 @@
-"""Snapshots of one sandbox: all stands still, its layer is kept on disk, all goes on.
+"""Snapshots of one sandbox, and going back to one in its place: all stands still, files are copied, all goes on.
 
 One at a time; the next ones wait for their turn, and so do commands that are to be started meanwhile. Like the core it
 is used from the reactor's thread only; the copying happens in a thread of its own.
@@ -19,6 +19,7 @@ from corral.sandbox.copying import Since
 from corral.sandbox.keeping import keep
 from corral.sandbox.layer import KeptLayer
 from corral.sandbox.prepare import new_id
+from corral.sandbox.restore import check_fits
 
 if TYPE_CHECKING:
     from corral.sandbox.core import Core
@@ -31,14 +32,14 @@ OnTaken = Callable[["KeptLayer | CorralError"], None]
 
 
 class Taking:
-    """A snapshot that was asked for."""
+    """A snapshot that was asked for, or, with a layer, going back to that."""
 
-    __slots__ = ("abandoned", "name", "on_taken", "step", "was_frozen")
+    __slots__ = ("abandoned", "name", "on_taken", "step", "to", "was_frozen")
 
-    def __init__(self, name: str, step: int | None, on_taken: OnTaken) -> None:
-        self.name, self.step, self.on_taken = name, step, on_taken
+    def __init__(self, on_taken: OnTaken, name: str = "", step: int | None = None, to: KeptLayer | None = None) -> None:
+        self.on_taken, self.name, self.step, self.to = on_taken, name, step, to
         self.abandoned = False
-        """Nobody would know of it: it is discarded once it is there."""
+        """Nobody would know of the snapshot: it is discarded once it is there."""
         self.was_frozen = False
 
 
@@ -62,7 +63,17 @@ class Snapshots:
     def take(self, on_taken: OnTaken, *, name: str = "", step: int | None = None) -> Taking:
         """Calls back with a kept layer that holds the files as they were at one moment, or with the error why there
         is none. ``step`` is the one after which it was taken."""
-        taking = Taking(name, step, on_taken)
+        return self._ask(Taking(on_taken, name, step))
+
+    def restore(self, on_restored: OnTaken, layer: KeptLayer) -> None:
+        """Makes its files those of ``layer``, and calls back with that, or with the error why it cannot be. All that
+        runs inside is killed before, but for what policy keeps. If it fails half-way the sandbox ends.
+
+        Raises RequestError for a layer that does not fit."""
+        check_fits(self._core.prepared, layer)
+        self._ask(Taking(on_restored, to=layer))
+
+    def _ask(self, taking: Taking) -> Taking:
         self._waiting.append(taking)
         if self._current is None:
             self._begin()
@@ -94,8 +105,8 @@ class Snapshots:
 
         core = self._core
         try:
-            if core.frozen():
-                self._keep()
+            if core.frozen() and not (self._returns and core.end_others()):
+                self._start()
                 return
             if core.state is not State.FROZEN:
                 raise SandboxClosed(core.end_reason or "it was thawed, or is ending")
@@ -107,7 +118,11 @@ class Snapshots:
             return
         self._reactor.call_later(_LOOK_AGAIN, self._stand_still, deadline)
 
-    def _keep(self) -> None:
+    @property
+    def _returns(self) -> bool:
+        return self._current is not None and self._current.to is not None
+
+    def _start(self) -> None:
         taking = self._current
         assert taking is not None  # noqa: S101 - for the type checker
         done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -123,6 +138,10 @@ class Snapshots:
     def _copy(self, taking: Taking, done: int) -> None:
         """In its thread. What it reads is not closed before the last one is over (:meth:`when_idle`)."""
         try:
+            if taking.to is not None:
+                self._core.set_back(taking.to)
+                self._result = taking.to
+                return
             self._result = keep(
                 self._core.prepared,
                 self._core.layer_fd,
@@ -134,13 +153,20 @@ class Snapshots:
             )
         except BaseException as error:  # it is the answer
             self._result = error
-        os.eventfd_write(done, 1)
+        finally:
+            os.eventfd_write(done, 1)
 
     def _copied(self, done: int) -> None:
         self._reactor.remove_reader(done)
         os.close(done)
         result, self._result = self._result, None
-        if isinstance(result, KeptLayer):
+        if self._returns:
+            if not isinstance(result, KeptLayer):
+                self._core.kill(f"its files could not be set back: {result}")
+            else:
+                self.since = Since(result.id)
+                self._core.was_set_back(result)
+        elif isinstance(result, KeptLayer):
             why = self._why_not()
             if why:
                 try:
@@ -168,10 +194,7 @@ class Snapshots:
         assert taking is not None  # noqa: S101 - for the type checker
         if not taking.was_frozen:
             self._core.thaw()
-        if isinstance(result, KeptLayer | CorralError):
-            answer = result
-        else:
-            answer = CorralError(f"the snapshot failed: {result}")
+        answer = result if isinstance(result, KeptLayer | CorralError) else CorralError(f"it failed: {result}")
         try:
             taking.on_taken(answer)  # which may ask for another
         finally:
