@@ -3,11 +3,16 @@ seen is what was seen then. ``CORRAL_ROUNDS`` sets how many machines are run; ea
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import os
+import random
 import shutil
+import signal
 import stat
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +21,16 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from corral import Sandbox
 from corral.policy.load import parse_policy
 from corral.policy.model import Policy
+from corral.sandbox import registry
 from corral.sandbox.apply.proposal import propose
 from corral.sandbox.apply.undo import undo
 from corral.sandbox.changes import Change, ChangeKind, FileType
 from corral.sandbox.layer import KeptLayer, list_layers
 from corral.sandbox.sync import SyncSandbox
+from tests.contain.command_line import adopting_orphans, groups_of
 from tests.contain.test_apply import PYTHON, in_short, look
 
 pytestmark = pytest.mark.usefixtures("state")
@@ -251,3 +259,61 @@ def test_what_is_told_of_a_directory_that_came_and_went(state: Path, workspace: 
         assert (change.type_before, change.file_type) == (FileType.FILE, FileType.DIRECTORY)
         back = {change.path: change.kind for change in first.changes_since(second)}
         assert back == {f"{workspace}/dir": ChangeKind.CHANGED, f"{workspace}/file.txt": ChangeKind.MODE}
+
+
+async def _work(workspace: Path, policy: Policy | None, ready: int) -> None:
+    """Takes snapshots, goes back, forks, without an end."""
+    box = await Sandbox(workspace, policy=policy).start()
+    layers: list[KeptLayer] = []
+    for number in itertools.count():
+        await box.exec(["sh", "-c", f"echo {number} >a; echo {number} >b; head -c 1M /dev/urandom >big-{number}"])
+        layers.append(await box.snapshot(str(number)))
+        os.write(ready, b".")
+        await box.restore(random.choice(layers))
+        forks = await box.fork(2)
+        for fork in forks:
+            await fork.exec(["sh", "-c", "echo fork >c"])
+            await fork.close()
+
+
+def _killed_at_work(workspace: Path, policy: Policy | None) -> int:
+    """The process that was."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            asyncio.run(_work(workspace, policy, writer))
+        finally:
+            os._exit(2)
+    os.close(writer)
+    assert os.read(reader, 1) == b"."
+    time.sleep(random.uniform(0, 1.0))
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    os.close(reader)
+    return child
+
+
+@pytest.mark.parametrize("policy", [None, StatesInPlace.policy], ids=["anew", "in place"])
+def test_whenever_its_controller_is_killed_each_layer_is_whole_and_nothing_else_is_left(
+    state: Path, workspace: Path, policy: Policy | None
+) -> None:
+    """At moments that the seed of this run chooses; ``CORRAL_ROUNDS`` sets how many."""
+    before = look(workspace)
+    for _ in range(int(os.environ.get("CORRAL_ROUNDS", "6"))):
+        with adopting_orphans():
+            child = _killed_at_work(workspace, policy)
+        registry.reap_dead_controllers()
+        assert not groups_of(child)
+        layers = list_layers()
+        assert layers
+        for layer in layers:
+            with layer.reading() as parts:
+                place = Path(f"/proc/self/fd/{parts}/workspace")
+                a, b = ((place / name).read_text() for name in "ab")
+                assert a == b and layer.name in ("", a.strip())
+            for change in layer.changes():
+                assert change.kind is ChangeKind.ADDED
+            layer.discard()
+        assert sorted(path.name for path in (state / "corral" / "layers").iterdir()) == []
+        assert look(workspace) == before
