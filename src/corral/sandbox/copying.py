@@ -280,7 +280,7 @@ class _Copier:
         path = join(walk.current.path, name)
         target = walk.current.fds[_COPY]
         kind = stat.S_IFMT(status.st_mode)
-        if kind == stat.S_IFREG and path in self._scaffold and status.st_size == 0:
+        if path in self._scaffold and self._is_bare(walk.current.fds[UPPER], name, path, status):
             return
         merges, hides = self._replace(target, name, kind)
         if is_whiteout(status) and (self._part.lowers or self.is_over):
@@ -316,6 +316,26 @@ class _Copier:
             self._finish_name(target, name, status)
             # Freshly made in a directory of our own, so it cannot be a link.
             os.chmod(name, status.st_mode & 0o777, dir_fd=target)
+
+    def _is_bare(self, directory: int, name: str, path: str | None, status: os.stat_result) -> bool:
+        """Whether it is what Corral has made to mount on, and holds nothing else. It is made anew at each start."""
+        if path not in self._scaffold:
+            return False
+        if not stat.S_ISDIR(status.st_mode):
+            return stat.S_ISREG(status.st_mode) and status.st_size == 0
+        try:
+            fd = os.open(name, OPEN_DIRECTORY, dir_fd=directory)
+        except OSError:
+            return False
+        try:
+            return all(
+                self._is_bare(fd, each, join(path, each), os.stat(each, dir_fd=fd, follow_symlinks=False))
+                for each in os.listdir(fd)
+            )
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
 
     def _replace(self, target: int, name: str, kind: int) -> tuple[bool, bool]:
         """Removes what the base has there, unless both are directories that are merged. Whether they are, and whether

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from corral.errors import CorralError
 from corral.sandbox.changes import Change, ChangeKind, FileType
 from corral.sandbox.compare import user_xattrs
+from corral.sandbox.ownership import NOBODY
 from corral.sandbox.trees import OPEN_DIRECTORY, OPEN_FILE, open_components, remove_tree
 
 _PORTION = 16 << 20
@@ -139,7 +140,12 @@ class Swapper:
             raise CorralError(f"{change.path!r} is a {change.file_type.value}, which no layer holds")
 
     def _finish(self, change: Change, content: Content, name: str) -> None:
-        directory, owner = self._directory, change.owner_after or self._owner
+        directory = self._directory
+        # Whom the sandbox does not know cannot own a file in it.
+        owner = tuple(
+            own if told in (None, NOBODY) else told
+            for told, own in zip(change.owner_after or (None, None), self._owner, strict=True)
+        )
         if change.file_type in (FileType.SYMLINK, FileType.FIFO):
             os.chown(name, *owner, dir_fd=directory, follow_symlinks=False)
             if change.file_type is FileType.FIFO:
