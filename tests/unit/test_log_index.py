@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from corral.actions import Access, Action, Decision, Endpoint, File, Kind, Origin, Process, Program, Transport, Verdict
 from corral.errors import RequestError
 from corral.log import index as index_module
-from corral.log.events import SessionEnded
+from corral.log.events import PayloadErased, SessionEnded
 from corral.log.export import FORMS
 from corral.log.index import IndexFault, LogIndex
 from corral.log.note import KeyFile, KeyType
@@ -52,6 +54,7 @@ def entry(number: int, text: str = "") -> bytes:
 ENTRIES = [
     *(entry(number) for number in range(60)),
     *(entry(60 + at, text) for at, text in enumerate(HOSTILE)),
+    encode(PayloadErased("ab", "anna (uid 7)", "x"), CONTEXT, sequence=98, at=1999.0, monotonic_ns=1),
     encode(SessionEnded("closed"), CONTEXT, sequence=99, at=2000.0, monotonic_ns=1),
 ]
 
@@ -142,6 +145,19 @@ def test_the_index_of_another_log_or_of_a_longer_one_is_refused(reader: Reader, 
         with pytest.raises(IndexFault, match="cut off, or replaced"):
             index.update(Reader(tmp_path / "same"))
         assert index.rebuild(Reader(tmp_path / "same")) == 1
+
+
+def test_an_index_of_another_version_is_refused_and_made_again(reader: Reader, tmp_path: Path) -> None:
+    """Its tables may be others, too."""
+    with closing(sqlite3.connect(tmp_path / "index")) as old, old:
+        old.execute("CREATE TABLE records (number INTEGER PRIMARY KEY, event TEXT)")
+        old.execute("CREATE TABLE state (version INTEGER, log TEXT, next INTEGER)")
+        old.execute("INSERT INTO state VALUES (1, 'x', 1)")
+    with LogIndex(tmp_path / "index") as index:
+        with pytest.raises(IndexFault, match="another version"):
+            index.update(reader)
+        assert index.rebuild(reader) == len(ENTRIES)
+        assert list(index.find(parse_filter(["by=anna*"]))) == [len(ENTRIES) - 2]
 
 
 def test_what_is_no_database_is_an_error_without_passwords(tmp_path: Path) -> None:

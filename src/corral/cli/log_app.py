@@ -254,7 +254,7 @@ def _query(
     ] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the index anew, from the log alone.")] = False,
 ) -> None:
-    """Look for records: by session, agent, verdict, action, rule, exe, path, destination, step, exec, pid, time.
+    """Look for records: by session, agent, verdict, action, rule, exe, path, destination, person (by), step, time, ...
 
     Words of one name are alternatives, different names must all hold; `*` and `?` are wildcards. Keeps an index beside
     the log, made from the log."""

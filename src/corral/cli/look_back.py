@@ -61,7 +61,7 @@ def sessions(log: str | None, *, as_json: bool) -> None:
         agent = f"{found.agent} {found.agent_version}"
         row = rows.setdefault(found.session, SessionRow(found.session, agent, found.at / 1e6, number))
         row.records += 1
-        if found.verdict in ("deny", "kill"):
+        if found.event == "decision" and found.verdict in ("deny", "kill"):
             row.refused += found.count
         if found.event == "session.ended":
             row.ended = found.at / 1e6
