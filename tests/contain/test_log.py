@@ -426,7 +426,11 @@ def test_sessions_are_listed_shown_and_replayed(cli: CommandLine, place: Path, s
         assert is_plain(shown)
     lines = command(cli, "show", *words, "--json").stdout.splitlines()
     assert [json.loads(line)["number"] for line in lines] == list(range(len(records(place))))
-    found = command(cli, "query", "verdict=deny", "action=kernel.*", *words, "--export", "jsonl").stdout.splitlines()
+    assert command(cli, "export", "--format", "nothing", *words).returncode == 125
+    table = tmp_path / "table.parquet"
+    assert command(cli, "export", "--format", "parquet", "-o", str(table), *words).returncode == 0
+    assert table.read_bytes()[-4:] == b"PAR1" and not table.stat().st_mode & 0o077
+    found = command(cli, "export", "verdict=deny", "action=kernel.*", *words).stdout.splitlines()
     assert [json.loads(line)["record"]["kernel"]["name"] for line in found] == ["mount"]
     assert is_plain(command(cli, "query", "exe=*", *words, "--details").stdout)
     assert command(cli, "query", "colour=red", *words).returncode == 125

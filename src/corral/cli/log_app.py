@@ -237,22 +237,24 @@ def _show(
     show(log, session=session, start=start, follow=follow, details=details, as_json=as_json)
 
 
+_Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[WORDS]", help="Such as verdict=deny action='net.*' since=2h limit=20."),
+]
+_Index = Annotated[
+    str | None, typer.Option("--index", metavar="URL", help="Database of the index [default: LOG.index, SQLite].")
+]
+_Rebuild = Annotated[bool, typer.Option("--rebuild", help="Make the index anew, from the log alone.")]
+
+
 @log_commands.command("query")
 @guarded
 def _query(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[WORDS]", help="Such as verdict=deny action='net.*' since=2h limit=20."),
-    ] = None,
+    words: _Words = None,
     log: _Log = None,
-    export: Annotated[
-        str | None, typer.Option("--export", metavar="FORM", help="jsonl, ocsf, cef, syslog or otlp, to stdout.")
-    ] = None,
     details: Annotated[bool, typer.Option("--details", help="All that a record says.")] = False,
-    index: Annotated[
-        str | None, typer.Option("--index", metavar="URL", help="Database of the index [default: LOG.index, SQLite].")
-    ] = None,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the index anew, from the log alone.")] = False,
+    index: _Index = None,
+    rebuild: _Rebuild = False,
 ) -> None:
     """Look for records: by session, agent, verdict, action, rule, exe, path, destination, person (by), step, time, ...
 
@@ -260,7 +262,27 @@ def _query(
     the log, made from the log."""
     from corral.cli.look_back import query
 
-    query(log, words or (), index=index, rebuild=rebuild, form=export, details=details)
+    query(log, words or (), index=index, rebuild=rebuild, details=details)
+
+
+@log_commands.command("export")
+@guarded
+def _export(
+    words: _Words = None,
+    form: Annotated[
+        str, typer.Option("--format", metavar="FORM", help="jsonl, ocsf, cef, syslog, otlp or parquet.")
+    ] = "jsonl",
+    output: Annotated[str | None, typer.Option("--output", "-o", metavar="FILE", help="Where to [stdout].")] = None,
+    log: _Log = None,
+    index: _Index = None,
+    rebuild: _Rebuild = False,
+) -> None:
+    """Write records in a form that others read: all of them, or those that are looked for as with `query`.
+
+    Parquet needs pyarrow: pip install 'corral[parquet]'."""
+    from corral.cli.look_back import export
+
+    export(log, words or (), index=index, rebuild=rebuild, form=form, output=output)
 
 
 @log_commands.command("review")
