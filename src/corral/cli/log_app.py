@@ -24,6 +24,12 @@ _Keys = Annotated[
 _Witnesses = Annotated[
     list[str] | None, typer.Option("--witness", metavar="KEY", help="The key of a witness; may be repeated.")
 ]
+_Pkcs11 = Annotated[
+    str | None,
+    typer.Option(
+        "--pkcs11", metavar="URI", help="An Ed25519 key on a device (RFC 7512), with module-path, pin-source."
+    ),
+]
 _Quorum = Annotated[int, typer.Option("--quorum", min=0, help="So many witnesses must have cosigned.")]
 
 
@@ -150,11 +156,11 @@ def _keys(log: _Log = None, as_json: Json = False) -> None:
 
 @log_commands.command("rotate")
 @guarded
-def _rotate(log: _Log = None) -> None:
+def _rotate(log: _Log = None, pkcs11: _Pkcs11 = None) -> None:
     """Have a new key sign from now on; both sign for what there is."""
     from corral.cli.log import rotate
 
-    rotate(log)
+    rotate(log, pkcs11)
 
 
 @log_commands.command("checkpoint")
@@ -172,11 +178,14 @@ def _key(
     path: Annotated[str, typer.Argument(metavar="FILE", help="A new file.")],
     name: Annotated[str, typer.Argument(metavar="NAME", help="Such as witness.example/one.")],
     witness: Annotated[bool, typer.Option("--witness", help="A key that cosigns.")] = False,
+    pkcs11: _Pkcs11 = None,
 ) -> None:
-    """Make a key, and print its public half."""
+    """Make a key, and print its public half.
+
+    With --pkcs11 the file only names a key, which the device has and keeps; needs pip install 'corral[pkcs11]'."""
     from corral.cli.log import make_key
 
-    make_key(path, name, witness=witness)
+    make_key(path, name, witness=witness, uri=pkcs11)
 
 
 @log_commands.command("cosign")
