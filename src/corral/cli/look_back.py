@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -19,7 +19,6 @@ from corral.log.places import index_path, open_payloads
 from corral.log.query import parse_filter, parse_time
 from corral.log.reader import Reader
 from corral.log.records import Record, Summary, decode, summary
-from corral.log.tiles import WIDTH
 
 _POLL = 0.5
 _PARQUET = "parquet"
@@ -266,7 +265,7 @@ def _found(
             made.rebuild(reader)
         else:
             made.update(reader)
-        yield _entries(reader, made.find(wanted))
+        yield reader.some(made.find(wanted))
 
 
 @contextmanager
@@ -280,17 +279,6 @@ def _sink(path: str | None) -> Iterator[IO[bytes]]:
             yield file
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}") from None
-
-
-def _entries(reader: Reader, numbers: Iterable[int]) -> Iterator[tuple[int, bytes]]:
-    """The entries of these numbers, each tile read once where they are in order."""
-    tile, found = -1, {}
-    for number in numbers:
-        if number // WIDTH != tile:
-            tile = number // WIDTH
-            found = dict(reader.entries(tile * WIDTH, (tile + 1) * WIDTH))
-        if number in found:
-            yield number, found[number]
 
 
 # ---- review ----
