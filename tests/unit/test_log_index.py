@@ -241,6 +241,20 @@ def test_times_before_now() -> None:
     assert (wanted.since, wanted.until) == (2_800_000_000, 8_200_000_000)
 
 
+def test_some_entries_are_read_by_their_numbers_while_the_log_grows(tmp_path: Path) -> None:
+    """In order, again, backwards; those in tiles that are full by now, and those that are not there."""
+    with Log(tmp_path / "log", KEY) as log:
+        log.append(ENTRIES[0])
+        reader = Reader(tmp_path / "log")
+        for size in (200, 300, 1000):
+            log.seal()
+            for number in range(len(list(reader.entries())), size):
+                log.append(b"%d" % number) if number == size - 1 else log.submit(b"%d" % number)
+            for numbers in ([1, 150, 199], [299, 5, 5, 256, 999, 10**9], [*range(size)]):
+                expected = [(each, b"%d" % each) for each in numbers if 0 < each < size]
+                assert [each for each in reader.some(numbers) if each[0]] == expected
+
+
 # ---- other forms ----
 
 
