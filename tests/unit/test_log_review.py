@@ -15,7 +15,7 @@ from corral.actions import Action, Endpoint, Kind, Transport, Verdict
 from corral.approvals.queue import Ending, Scope
 from corral.errors import RequestError
 from corral.log.digest import Denial, Digest, Miss
-from corral.log.events import Approval, Event, LogRecovered, PolicyChanged
+from corral.log.events import Event, LogRecovered, PolicyChanged
 from corral.log.frequent import Frequent
 from corral.log.outliers import FEWEST, THRESHOLD, scores
 from corral.log.records import encode
@@ -25,6 +25,7 @@ from tests.unit.recorded import (
     CONTEXT,
     ORIGIN,
     START,
+    approval,
     change,
     connect,
     decision,
@@ -167,14 +168,6 @@ def test_near_misses() -> None:
         (Miss.UNANSWERED, "nobody"),
         (Miss.ALLOWED, "ann"),
     ]
-
-
-def approval(said: str = "anna", ending: Ending = Ending.ANSWERED, scope: Scope = Scope.ONCE) -> Approval:
-    verdict = ALLOW if ending is Ending.ANSWERED else DENY
-    return Approval(
-        ORIGIN, 3, Kind.NET_CONNECT, "sha256:ab", f"net.connect {said}", said, ending, verdict, scope, 3, said, said,
-        START, START + 2.5, 300.0,
-    )  # fmt: skip
 
 
 def test_what_persons_answered_and_which_policies_changed() -> None:
