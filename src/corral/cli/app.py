@@ -400,13 +400,66 @@ def _discard(
     every: Annotated[bool, typer.Option("--all", help="All kept layers.")] = False,
 ) -> None:
     """Drop kept changes."""
-    from corral.sandbox.layer import list_layers, open_layer
+    from corral.sandbox.layer import discard, list_layers
 
     if not layers and not every:
-        raise RequestError("name the layers to discard, or --all; `corral diff --list` lists them")
-    for kept in list_layers() if every else [open_layer(name) for name in layers or ()]:
-        kept.discard()
-        typer.echo(f"discarded {kept.id}")
+        raise RequestError("name the layers to discard, or --all; `corral layers` lists them")
+    for name in [kept.id for kept in list_layers()] if every else layers or ():
+        discard(name)
+        typer.echo(f"discarded {name}")
+
+
+@app.command("layers")
+@guarded
+def _layers(as_json: Json = False) -> None:
+    """List what runs have left: layers and snapshots, with what each has added to the disk, and what holds it."""
+    from corral.cli.area import show_layers
+
+    show_layers(as_json=as_json)
+
+
+@app.command("gc")
+@guarded
+def _gc(
+    older_than: Annotated[
+        str | None, typer.Option("--older-than", metavar="TIME", help="What is older than this, such as 30d.")
+    ] = None,
+    keep_bytes: Annotated[
+        str | None,
+        typer.Option("--keep-bytes", metavar="SIZE", help="The oldest, until all take no more than this: 20GiB."),
+    ] = None,
+    undo: Annotated[
+        bool, typer.Option("--undo", help="Copies for undoing what was applied, too, by --older-than.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what would go, and what that would free.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove layers that may go: those that have been kept as long as their policy says, and those that are named here.
+
+    What is pinned, in use by a live session, applied half, or named by the records of a log, stays (docs/layers.md)."""
+    from corral.cli.area import gc
+
+    gc(older_than=older_than, keep_bytes=keep_bytes, undo=undo, dry_run=dry_run, as_json=as_json)
+
+
+@app.command("pin")
+@guarded
+def _pin(layers: Annotated[list[str], typer.Argument(metavar="ID", help="Kept layers.")]) -> None:
+    """Have layers stay, whatever their age, until `corral unpin`."""
+    from corral.cli.area import pin_all
+
+    pin_all(layers, on=True)
+
+
+@app.command("unpin")
+@guarded
+def _unpin(layers: Annotated[list[str], typer.Argument(metavar="ID", help="Kept layers.")]) -> None:
+    """Let layers go when their time comes."""
+    from corral.cli.area import pin_all
+
+    pin_all(layers, on=False)
 
 
 policy_commands = typer.Typer(

@@ -123,6 +123,7 @@ def read_options(arguments: Arguments) -> tuple[Options, list[tuple[int, str, in
         environment=os.environ,
         label=arguments.values.get("label", " ".join(arguments.command)[:200]),
         on=arguments.values.get("on"),
+        keep="discard" not in arguments.flags,
     )
     return options, services
 
@@ -241,7 +242,8 @@ class _Run:
         self._log = open_log(Path(self._arguments.values["log"]))
         if options.policy.log.keep:
             make_payloads(self._log.directory)
-        return replace(options, hidden=files_of(self._log.directory))
+        place = (str(self._log.directory), self._log.origin)
+        return replace(options, hidden=files_of(self._log.directory), log=place)
 
     def _make(self, prepared: Prepared) -> Core:
         if self._log is None:

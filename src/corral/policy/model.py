@@ -338,6 +338,18 @@ class Resources:
 
 
 @dataclass(frozen=True, slots=True)
+class Layers:
+    """What may be kept of changes, and for how long. ``None`` means no bound but the disk's own."""
+
+    keep_for: float | None = None
+    """Seconds from when it was kept; then it may be removed."""
+    snapshot_bytes: int | None = None
+    """Of all snapshots of one session together."""
+    total_bytes: int | None = None
+    """Of all layers in the work area together, whosoever they are."""
+
+
+@dataclass(frozen=True, slots=True)
 class Environment:
     """Which variables of the caller pass in, and which are set."""
 
@@ -357,6 +369,7 @@ class Policy:
     process: Processes = field(default_factory=Processes)
     syscalls: Syscalls = field(default_factory=Syscalls)
     resources: Resources = field(default_factory=Resources)
+    layers: Layers = field(default_factory=Layers)
     environment: Environment = field(default_factory=Environment)
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)

@@ -128,6 +128,17 @@ class ResourcesSection(Strict):
     """Kept of each captured stream of one exec; the rest is dropped and marked."""
 
 
+class LayersSection(Strict):
+    """What may be kept of changes, and for how long."""
+
+    keep_for: Duration | None = _DEFAULT.layers.keep_for
+    """How long a layer or a snapshot is kept; then it may be removed."""
+    snapshot_bytes: LargeSize | None = _DEFAULT.layers.snapshot_bytes
+    """All snapshots of one session together."""
+    total_bytes: LargeSize | None = _DEFAULT.layers.total_bytes
+    """All layers in the work area together, whosoever they are."""
+
+
 class EnvironmentSection(Strict):
     """Variables of the programs inside."""
 
@@ -206,6 +217,7 @@ class PolicyFile(Strict):
     process: ProcessSection = Field(default_factory=ProcessSection)
     syscalls: SyscallsSection = Field(default_factory=SyscallsSection)
     resources: ResourcesSection = Field(default_factory=ResourcesSection)
+    layers: LayersSection = Field(default_factory=LayersSection)
     environment: EnvironmentSection = Field(default_factory=EnvironmentSection)
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)

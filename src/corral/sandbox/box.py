@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, TypeVar
 from corral.actions import Flow
 from corral.errors import CorralError, RequestError, SandboxClosed
 from corral.policy.model import Policy
-from corral.sandbox import registry
+from corral.sandbox import claims, registry
 from corral.sandbox.changes import Change, changes
 from corral.sandbox.core import Core, Exit, State
 from corral.sandbox.denials import set_back, stderr_line
@@ -90,6 +90,8 @@ class Sandbox:
             label=label,
             on=on.id if on is not None else None,
             hidden=hidden,
+            log=("", "") if log is None else (os.path.abspath(log.directory), log.origin),
+            keep=keep,
         )
         self._keep = keep
         self._reset()
@@ -261,6 +263,7 @@ class Sandbox:
         after.core.notices.restored(layer.id, layer.name)
         before, keeps = copy.copy(self), self._keep
         before._keep = False
+        claims.hand_over(before.id, after.id)  # what has been kept so far is named as long as this goes on
         self.__dict__.update(after.__dict__)
         self._keep = keeps
         before.core.kill(set_back(layer.id))

@@ -23,7 +23,7 @@ from corral.errors import CorralError, ExecError, RequestError, SandboxClosed, W
 from corral.monitor.records import Glance, Sink, unwritable
 from corral.policy.model import SnapshotWhen
 from corral.reactor import Reactor, Timer
-from corral.sandbox import channel
+from corral.sandbox import channel, claims
 from corral.sandbox.cgroups import Controller
 from corral.sandbox.channel import EndReason, Report, ReportType, Usage
 from corral.sandbox.denials import Denial, summary
@@ -205,6 +205,7 @@ class Core:
             self.layer_fd = -1
         if self.prepared.base is not None:
             self.prepared.base.close()
+        claims.release(self.prepared.id)
 
     def _start_overdue(self) -> None:
         if self.state is State.LAUNCHING:

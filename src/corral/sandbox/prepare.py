@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from corral.errors import RequestError
 from corral.gateway import capture
 from corral.policy.model import Degradation, Policy
-from corral.sandbox import cgroups, paths
+from corral.sandbox import cgroups, claims, paths
 from corral.sandbox.environment import make_environment
 from corral.sandbox.identity import Identity, make_identity, workspace_lines
 from corral.sandbox.image import system_image
@@ -135,7 +135,7 @@ def prepare(options: Options, *, gateway: bool | None = None) -> Prepared:
         hints |= environment_hints(options.environment, (*trees, *visible))
     hints |= outlet.environment
 
-    base = None
+    base, sandbox_id = None, new_id()
     if options.on is not None:
         from corral.sandbox.base import open_base  # which needs this module
 
@@ -154,7 +154,10 @@ def prepare(options: Options, *, gateway: bool | None = None) -> Prepared:
             plan.remove(path_left)
         if resources.wall_time is not None:
             plan.wall_time(resources.wall_time)
-        sandbox_id = new_id()
+        if options.keep and policy.layers.total_bytes is not None:
+            from corral.sandbox.quotas import reserve
+
+            reserve(sandbox_id, policy)
         groups = cgroups.plan_groups(plan, f"{os.getpid()}-{sandbox_id}", resources)
         request = Request(
             identity=identity,
@@ -207,6 +210,7 @@ def prepare(options: Options, *, gateway: bool | None = None) -> Prepared:
             time.time_ns(),
         )
     except BaseException:
+        claims.release(sandbox_id)
         if identity is not None:
             identity.release()
         if base is not None:

@@ -19,6 +19,7 @@ import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ MAX_NAME = 200
 KILLED = 128 + signal.SIGKILL
 """Exit code of a command that ended with its sandbox."""
 _TIMEOUT = 5.0
+_REAPING = 0.5
+"""Seconds of a start that may go into removing what others have left; the rest is for the next."""
 
 
 def reap_dead_controllers() -> None:
@@ -60,7 +63,7 @@ def reap_dead_controllers() -> None:
         if any(name.startswith("partial-") for name in os.listdir(os.path.join(paths.state_directory(), "layers"))):
             from corral.sandbox.layer import reap_partials  # slow to load, and seldom needed
 
-            reap_partials()
+            reap_partials(time.monotonic() + _REAPING)
     with suppress(OSError):
         if any(name.startswith("busy-") for name in os.listdir(os.path.join(paths.state_directory(), "applies"))):
             from corral.sandbox.apply.recovery import recover
