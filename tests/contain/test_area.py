@@ -15,11 +15,11 @@ import pytest
 
 from corral import diskspace
 from corral.cli.app import app
-from corral.errors import CorralError
+from corral.errors import CorralError, WallError
 from corral.log.places import open_log
 from corral.policy.load import parse_policy
 from corral.policy.model import Policy
-from corral.sandbox import account, quotas
+from corral.sandbox import account, core, quotas
 from corral.sandbox.area import collect, list_kept
 from corral.sandbox.layer import KeptLayer, list_layers, store
 from corral.sandbox.sync import SyncSandbox
@@ -133,6 +133,19 @@ def test_a_run_begins_only_where_what_it_may_write_can_be_kept(workspace: Path) 
     first.kept.discard()
     with SyncSandbox(str(workspace), keep=True, policy=policy(text)):
         pass
+
+
+def test_what_never_began_holds_nothing(workspace: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise WallError("test", "nothing is launched")
+
+    with SyncSandbox(str(workspace), keep=True) as box:
+        sh(box, "echo 1 >a")
+    monkeypatch.setattr(core, "launch", fail)
+    with pytest.raises(WallError):
+        SyncSandbox(str(workspace), keep=True, on=box.kept, policy=policy("layers: {total_bytes: 4GiB}")).start()
+    assert not list((state / "corral" / "layers").glob("session-*"))
+    assert held() == {} and ids() == []
 
 
 def test_what_has_been_kept_long_enough_makes_room_by_itself(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import signal
 import sys
 import termios
 import threading
+import time
 import tty
 from collections.abc import Callable
 from contextlib import suppress
@@ -237,6 +238,18 @@ class Foreground:
             while thread.is_alive() and not self._terminated:
                 thread.join(_FLUSH)
         self._cooked()
+
+    def wait_for_interrupt(self, seconds: float) -> bool:
+        """Once the command has ended: waits so long whether a signal tells us to end, or has told us before."""
+        for number in _ENDING:
+            signal.signal(number, self._interrupt)
+        until = time.monotonic() + seconds
+        while not self.interrupted and time.monotonic() < until:
+            time.sleep(0.05)  # another thread may be the one that a signal wakes
+        return bool(self.interrupted)
+
+    def _interrupt(self, number: int, _frame: object) -> None:
+        self.interrupted = number
 
     def abandon(self) -> None:
         """Gives the terminal back without waiting for anything."""

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from corral.sandbox.layer import KeptLayer
     from corral.sandbox.prepare import Prepared
 
+RETRY = 2.0
+"""Seconds after which it is tried again to keep what could not be kept."""
 _RESOURCES = ("cpu", "memory", "processes", "open-files", "disk", "wall-time")
 
 
@@ -297,7 +299,23 @@ class _Run:
             return None
         from corral.sandbox.keeping import keep
 
-        return keep(core.prepared, core.layer_fd, since=core.since)
+        return self._once_there_is_room(lambda: keep(core.prepared, core.layer_fd, since=core.since))
+
+    def _once_there_is_room(self, keep: Callable[[], KeptLayer | None]) -> KeptLayer | None:
+        """What cannot be kept is not lost as long as a person can make room: it waits, on a terminal, until there is
+        some, or Ctrl-C. Elsewhere nobody would come."""
+        told = False
+        while True:
+            try:
+                return keep()
+            except CorralError as error:
+                if not (os.isatty(0) and os.isatty(2)):
+                    raise CorralError(f"{error}. They are lost") from None
+                if not told:
+                    complain(f"{error}. They are still in memory, and this is tried again; Ctrl-C drops them")
+                told = True
+                if self._foreground.wait_for_interrupt(RETRY):
+                    raise CorralError("the changes were not kept, and are lost") from None
 
     def _interrupted_code(self) -> int:
         """What a shell shows for a job that a signal ended, or 0."""

@@ -132,11 +132,17 @@ class Sandbox:
 
     def _make(self, loop: asyncio.AbstractEventLoop) -> Core:
         prepared = prepare(self._options)
-        if self._log is None:
-            return Core(prepared, loop)
-        from corral.sandbox.recording import recorded
+        try:
+            if self._log is None:
+                return Core(prepared, loop)
+            from corral.sandbox.recording import recorded
 
-        return recorded(self._log, prepared, loop)
+            return recorded(self._log, prepared, loop)
+        except BaseException:
+            claims.release(prepared.id)
+            if prepared.base is not None:
+                prepared.base.close()
+            raise
 
     async def close(self) -> None:
         """Ends everything inside; keeps the changes where that was asked for. May be called again, and by several at
