@@ -21,8 +21,10 @@ from corral.policy.load import parse_policy
 from corral.policy.model import Policy
 from corral.sandbox import account, core, quotas
 from corral.sandbox.area import collect, list_kept
-from corral.sandbox.layer import KeptLayer, list_layers, store
+from corral.sandbox.layer import KeptLayer, list_layers, reap_partials, store
 from corral.sandbox.sync import SyncSandbox
+from tests.contain.test_layer import Run
+from tests.unit.test_area import killed_at
 
 pytestmark = pytest.mark.usefixtures("state")
 
@@ -165,6 +167,26 @@ def test_what_has_been_kept_long_enough_makes_room_by_itself(workspace: Path, mo
         sh(box, "echo 1 >a")
         assert second is not None and ids() == [second.id]
     assert box.kept is not None and ids() == [box.kept.id]
+
+
+def test_keeping_is_killed_and_nothing_is_lost_in_the_account(workspace: Path, state: Path) -> None:
+    """At its calls to the system, each fifth."""
+    run = Run(workspace, "sh", "-c", "mkdir d; echo 1 >d/a; ln d/a b; rm file.txt; ln -s x l")
+    totals()
+    number = 1
+    while not killed_at(number, run.keep):
+        reap_partials()
+        said, there = totals()
+        assert said >= there
+        for layer in list_layers():
+            assert len(layer.changes()) == layer.count == 5
+            layer.discard()
+        assert sorted(each.name for each in (state / "corral" / "layers").iterdir()) == ["account"]
+        number += 5
+    run.core.close_layer()
+    assert number > 60 and len(list_layers()) == 1
+    said, there = totals()
+    assert 0 <= said - there <= 4096  # the description is taken for two blocks
 
 
 # ---- what an agent can leave ----

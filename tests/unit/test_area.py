@@ -128,7 +128,9 @@ def test_the_account_follows_without_looking_at_files(layers: Path, monkeypatch:
     assert counted() == 0
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"boot": "another", "total": 5, "next": null}', b"\0" * 300])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'{"boot": "another", "total": 5, "added": 0, "next": null}', b"\0" * 300]
+)
 def test_an_account_that_cannot_be_trusted_is_made_anew(layers: Path, content: bytes) -> None:
     make("b")
     (layers / "account").write_bytes(content)
@@ -156,6 +158,42 @@ def test_by_age_only_what_is_older_goes() -> None:
     assert ids() == ["c", "d"]
     collect()
     assert ids() == ["c", "d"]
+
+
+def test_what_is_kept_while_it_is_counted_does_not_wait_and_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    make("b")
+    real = account._look
+    kept: list[KeptLayer] = []
+
+    def look(root: int) -> list[account._Entry]:
+        if not kept:
+            kept.append(make("c"))
+        return real(root)
+
+    monkeypatch.setattr(account, "_look", look)
+    with store() as directory:
+        account.count(directory)
+        total = account.total(directory)
+        assert total >= account.count(directory)  # which finds both
+
+
+def test_what_goes_while_it_is_counted_goes_later(layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be subtracted though it was not counted."""
+    make("b")
+    make("c")
+    real = account._look
+
+    def look(root: int) -> list[account._Entry]:
+        if "b" in ids():
+            layer.discard("baaaaaaa")
+        return real(root)
+
+    monkeypatch.setattr(account, "_look", look)
+    with store() as directory:
+        account.count(directory)
+    assert list(layers.glob("partial-*"))
+    reap_partials()
+    assert counted() >= du(layers / "caaaaaaa")
 
 
 # ---- what never goes ----
@@ -311,9 +349,8 @@ def test_what_is_held_then_is_tried_again_later() -> None:
 def test_it_takes_no_longer_than_it_may_and_the_rest_goes_later(layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make("b", expires=1)
     total = counted()
-    monkeypatch.setattr(area, "AT_ONCE", -1)
     with store() as directory:
-        area.collect_expired(directory, time.time())
+        area.collect_expired(directory, time.time(), -1)
     assert ids() == []
     assert 0 < counted() < total
     reap_partials(time.monotonic() - 1)
@@ -347,7 +384,9 @@ def test_what_the_ends_of_live_sessions_need_is_set_aside() -> None:
         claims.release(session)
 
 
-def test_what_may_go_goes_before_anything_is_refused() -> None:
+def test_what_may_go_goes_before_anything_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes."""
+    monkeypatch.setattr(quotas, "AT_ONCE", -1)
     make("b", expires=1)
     quotas.reserve("sessiona", bounded(BLOCK, BLOCK))
     claims.release("sessiona")
@@ -462,6 +501,32 @@ def test_a_child_that_lives_on_holds_nothing(layers: Path) -> None:
             fd = os.open(".", os.O_RDONLY, dir_fd=directory)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.close(fd)
+
+
+def test_a_child_takes_nothing_away() -> None:
+    make("b", session="sessiona")
+    claimed("sessiona")()
+    with another(lambda: claims.release("sessiona")):
+        assert "is alive" in refused()
+    claims.release("sessiona")
+
+
+def test_a_claim_that_is_taken_for_a_dead_ones_is_made_again(layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its making and its locking."""
+    make("b", session="sessiona")
+    real, sweeps = fcntl.flock, [layers / "session-sessiona"]
+
+    def flock(fd: int, how: int) -> None:
+        if sweeps:
+            sweeps.pop().unlink()
+        real(fd, how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", flock)
+        with store() as directory:
+            claims.claim(directory, "sessiona")
+    assert not sweeps and "is alive" in refused()
+    claims.release("sessiona")
 
 
 # ---- what can be undone ----

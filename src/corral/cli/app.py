@@ -441,7 +441,10 @@ def _gc(
     What is pinned, in use by a live session, applied half, or named by the records of a log, stays (docs/layers.md)."""
     from corral.cli.area import gc
 
-    gc(older_than=older_than, keep_bytes=keep_bytes, undo=undo, dry_run=dry_run, as_json=as_json)
+    try:
+        gc(older_than=older_than, keep_bytes=keep_bytes, undo=undo, dry_run=dry_run, as_json=as_json)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 @app.command("pin")

@@ -1,9 +1,9 @@
 """What the layers of the work area take on disk, and when the first of them may go: known without looking at them.
 
-    <state>/layers/account     {"boot": ..., "total": bytes or null, "next": seconds since the epoch or null}
+    <state>/layers/account     {"boot": ..., "total": bytes or null, "added": bytes, "next": seconds or null}
 
 What is kept is added before it has its name, what is removed is subtracted when it is gone. So whatever is killed in
-between, there is never less in the account than on disk; :func:`count` puts it right by looking at every file, which
+between, there is never less in the account than in the layers; :func:`count` puts it right by looking at every file, which
 `corral gc` does. The total of another boot counts for nothing, since what was not synced may be missing in it.
 
 Bytes are those of blocks (st_blocks, inode(7)), and a file with several names counts once, whichever layers have it.
@@ -45,6 +45,8 @@ class _Account:
     boot: str
     total: int | None
     """None where nobody has counted since the machine was started."""
+    added: int
+    """Bytes that were added since somebody has begun to count."""
     next: float | None
     """When the first of them may go, at the earliest; None where none ever may."""
 
@@ -78,18 +80,18 @@ def _read(fd: int) -> _Account:
     try:
         content = os.pread(fd, _LENGTH, 0)
         if not content:
-            return _Account(boot, None, None)
+            return _Account(boot, None, 0, None)
         data = json.loads(content)
-        total, following = data["total"], data["next"]
+        total, added, following = data["total"], data["added"], data["next"]
         if (type(total) is not int and total is not None) or type(following) not in (int, float, type(None)):
             raise ValueError("it is no account")
-        return _Account(boot, total if data["boot"] == boot else None, following)
+        return _Account(boot, total if data["boot"] == boot else None, int(added), following)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return _Account(boot, None, 0)
+        return _Account(boot, None, 0, 0)
 
 
 def _write(fd: int, account: _Account) -> None:
-    data = {"boot": account.boot, "total": account.total, "next": account.next}
+    data = {"boot": account.boot, "total": account.total, "added": account.added, "next": account.next}
     os.pwrite(fd, json.dumps(data).encode("ascii").ljust(_LENGTH), 0)
 
 
@@ -104,6 +106,7 @@ def add(layers: int, change: int, *, expires: int = 0, bound: int | None = None)
             if bound is not None and account.total + change > bound:
                 return False
             account = replace(account, total=max(0, account.total + change))
+        account = replace(account, added=account.added + max(0, change))
         if expires:
             account = replace(account, next=expires if account.next is None else min(account.next, expires))
         _write(fd, account)
@@ -187,11 +190,17 @@ def count(layers: int) -> int:
     """Looks at every file of every layer, and enters and returns what they take. Waits for those who remove some.
 
     A call to the system for each file: 100,000 take about half a second. Raises OSError, CorralError."""
-    with _counting(layers, fcntl.LOCK_EX), _locked(layers, make=True) as held:
+    with _counting(layers, fcntl.LOCK_EX):
+        # Whoever keeps something meanwhile does not wait: it may be in the account twice then, but never not at all.
+        with _locked(layers, make=True) as held:
+            assert held is not None  # noqa: S101  # it was made
+            _write(held[0], replace(held[1], added=0))
         met = Links()
         found = sum(taken(layers, name, met) for name in os.listdir(layers) if _LAYER.fullmatch(name))
-        assert held is not None  # noqa: S101  # it was made
-        _write(held[0], replace(held[1], total=found))
+        with _locked(layers, make=True) as held:
+            assert held is not None  # noqa: S101  # the same
+            found += held[1].added
+            _write(held[0], replace(held[1], total=found))
         return found
 
 

@@ -39,10 +39,6 @@ from corral.sandbox.layer import (
 )
 from corral.sandbox.trees import OPEN_DIRECTORY
 
-AT_ONCE = 1.0
-"""Seconds of keeping something that may go into removing what has been kept long enough; the rest is for later."""
-
-
 # ---- what is held ----
 
 
@@ -259,12 +255,12 @@ def collect(
     return done
 
 
-def collect_expired(layers: int, now: float) -> None:
+def collect_expired(layers: int, now: float, seconds: float | None = None) -> None:
     """Removes what has been kept long enough, where something may have been, and as far as there is time. Looks at no
     file where nothing is due."""
     if not account.is_due(layers, now):
         return
-    deadline = time.monotonic() + AT_ONCE
+    deadline = None if seconds is None else time.monotonic() + seconds
     left = []
     for layer in _all(layers)[0]:
         try:

@@ -122,6 +122,8 @@ def kept(layers: int, session: str) -> int:
 
 def is_live(layers: int, session: str) -> bool:
     """Whether a session is alive; what a dead one has left is removed."""
+    if not _NAME.fullmatch(f"session-{session}"):
+        return True  # nobody can tell
     return _reserved(layers, f"session-{session}") is not None
 
 

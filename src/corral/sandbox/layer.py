@@ -233,7 +233,7 @@ def discard(identifier: str) -> None:
             raise CorralError(f"layer {identifier} cannot be discarded: {error.strerror}") from None
         try:
             with locked(layers, name, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                account.remove(layers, name)
+                account.remove(layers, name, wait=False)
         except (BlockingIOError, FileNotFoundError):
             pass  # a later reap_partials removes it, or another already has
         except OSError as error:
@@ -269,7 +269,7 @@ def reap_partials(deadline: float | None = None) -> int:
                 continue
             try:
                 with locked(layers, name, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                    account.remove(layers, name, deadline=deadline, wait=deadline is None)
+                    account.remove(layers, name, deadline=deadline, wait=False)
                     count += 1
             except account.OutOfTime:
                 break

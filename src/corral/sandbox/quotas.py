@@ -15,8 +15,10 @@ from corral.policy.model import Policy
 from corral.sandbox import account, claims
 from corral.sandbox.area import collect_expired
 from corral.sandbox.copying import Quota
-from corral.sandbox.layer import KeptLayer, store
+from corral.sandbox.layer import KeptLayer, reap_partials, store
 
+AT_ONCE = 1.0
+"""Seconds that may go into removing what has been kept long enough; the rest is for later, unless room is needed."""
 _TOTAL, _SNAPSHOTS = "layers.total_bytes", "layers.snapshot_bytes"
 
 
@@ -26,12 +28,15 @@ def reserve(session: str, policy: Policy) -> None:
     if bound is None:
         return
     with store() as layers:
-        collect_expired(layers, time.time())
-        with account.reserving(layers) as total:
-            taken = total + claims.reserved(layers)
-            if taken + need <= bound:
-                claims.claim(layers, session, need)
-                return
+        for seconds in (AT_ONCE, None):
+            collect_expired(layers, time.time(), seconds)
+            if seconds is None:
+                reap_partials()
+            with account.reserving(layers) as total:
+                taken = total + claims.reserved(layers)
+                if taken + need <= bound:
+                    claims.claim(layers, session, need)
+                    return
     raise CorralError(
         f"the changes of this run could not be kept: {taken} bytes of {_TOTAL} ({bound}) are taken or set aside, and "
         f"it may write {need} (resources.disk). `corral layers` lists what is kept, `corral gc` removes what may go"
@@ -40,7 +45,7 @@ def reserve(session: str, policy: Policy) -> None:
 
 def admit(layers: int, session: str, identifier: str, policy: Policy) -> Quota | None:
     """How much a layer of a session may add. Raises OSError, CorralError."""
-    collect_expired(layers, time.time())
+    collect_expired(layers, time.time(), AT_ONCE)
     bounds = []
     if identifier != session:  # a snapshot, which is named while the session goes on
         claims.claim(layers, session)
