@@ -239,17 +239,20 @@ class Foreground:
                 thread.join(_FLUSH)
         self._cooked()
 
-    def wait_for_interrupt(self, seconds: float) -> bool:
-        """Once the command has ended: waits so long whether a signal tells us to end, or has told us before."""
+    def heed_interrupts(self) -> None:
+        """Once the command has ended: from here on a signal that tells us to end is for :meth:`is_interrupted`."""
         for number in _ENDING:
             signal.signal(number, self._interrupt)
+
+    def _interrupt(self, number: int, _frame: object) -> None:
+        self.interrupted = number
+
+    def is_interrupted(self, seconds: float) -> bool:
+        """Whether we were told to end, or are within this time."""
         until = time.monotonic() + seconds
         while not self.interrupted and time.monotonic() < until:
             time.sleep(0.05)  # another thread may be the one that a signal wakes
         return bool(self.interrupted)
-
-    def _interrupt(self, number: int, _frame: object) -> None:
-        self.interrupted = number
 
     def abandon(self) -> None:
         """Gives the terminal back without waiting for anything."""

@@ -312,9 +312,10 @@ class _Run:
                 if not (os.isatty(0) and os.isatty(2)):
                     raise CorralError(f"{error}. They are lost") from None
                 if not told:
+                    self._foreground.heed_interrupts()
                     complain(f"{error}. They are still in memory, and this is tried again; Ctrl-C drops them")
                 told = True
-                if self._foreground.wait_for_interrupt(RETRY):
+                if self._foreground.is_interrupted(RETRY):
                     raise CorralError("the changes were not kept, and are lost") from None
 
     def _interrupted_code(self) -> int:
