@@ -3,8 +3,8 @@
     <state>/layers/account     {"boot": ..., "total": bytes or null, "added": bytes, "next": seconds or null}
 
 What is kept is added before it has its name, what is removed is subtracted when it is gone. So whatever is killed in
-between, there is never less in the account than in the layers; :func:`count` puts it right by looking at every file, which
-`corral gc` does. The total of another boot counts for nothing, since what was not synced may be missing in it.
+between, there is never less in the account than in the layers; :func:`count` puts it right by looking at every file,
+which `corral gc` does. The total of another boot counts for nothing, since what was not synced may be missing in it.
 
 Bytes are those of blocks (st_blocks, inode(7)), and a file with several names counts once, whichever layers have it.
 What files share by reflink counts for each of them: to tell would take their extents (FIEMAP), one call for each file.
