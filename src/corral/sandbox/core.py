@@ -395,10 +395,15 @@ class Core:
         when = self.prepared.options.policy.filesystem.snapshot
         return when is SnapshotWhen.STEP and self.state in (State.RUNNING, State.FROZEN)
 
-    def end_others(self) -> bool:
-        """Kills what must not outlive a change of its files, while all stands still; whether any of it is left."""
+    def end_others(self, to: KeptLayer | None) -> bool:
+        """Kills what must not outlive its files' going back to a layer, while all stands still, and notes it for whoever
+        waits for commands. Whether any of it is left."""
+        if to is None:
+            return False
         from corral.policy.matching import Paths
 
+        for running in self._execs.values():
+            running.restored = to.id
         keeps = Paths(self.prepared.options.policy.filesystem.restore_keeps)
         return end_all_but(self.keeper, lambda program: bool(keeps.all(program)))
 
@@ -411,12 +416,6 @@ class Core:
         if not first:
             raise SandboxClosed("it is ending")
         restore(self.prepared, self.layer_fd, self.root_fd, first[0], layer)
-
-    def was_set_back(self, layer: KeptLayer) -> None:
-        """Tells those inside, and whoever waits for commands."""
-        self.notices.restored(layer.id, layer.name)
-        for running in self._execs.values():
-            running.restored = layer.id
 
     def _keep_step(self, step: int, then: Callable[[CorralError | None], None], tries: int = 3) -> None:
         """A snapshot that policy demands. Where there is none, this is the end: what comes could not be undone."""

@@ -105,7 +105,7 @@ class Snapshots:
 
         core = self._core
         try:
-            if core.frozen() and not (self._returns and core.end_others()):
+            if core.frozen() and not core.end_others(self._current.to if self._current else None):
                 self._start()
                 return
             if core.state is not State.FROZEN:
@@ -165,7 +165,7 @@ class Snapshots:
                 self._core.kill(f"its files could not be set back: {result}")
             else:
                 self.since = Since(result.id)
-                self._core.was_set_back(result)
+                self._core.notices.restored(result.id, result.name)
         elif isinstance(result, KeptLayer):
             why = self._why_not()
             if why:
