@@ -35,6 +35,17 @@ class Content(Enum):
     """The first bytes of a connection that the gateway refused."""
 
 
+class Reversible(Enum):
+    """Whether what an action brings about can be taken back."""
+
+    YES = "yes"
+    """It leaves nothing that would have to be: it only reads, or all of it vanishes with the sandbox."""
+    UNTIL_APPLIED = "until-applied"
+    """It is in the sandbox's layer, which can be dropped as long as it is not applied."""
+    NO = "no"
+    """It may change something outside that nobody here can change back, or lose what cannot be had again."""
+
+
 class Kind(Enum):
     """What can be tried. A refused system call is ``KERNEL``; its subject names the call."""
 
@@ -59,6 +70,36 @@ class Kind(Enum):
     SANDBOX_FORK = "sandbox.fork"
     SANDBOX_APPLY = "sandbox.apply"
     SANDBOX_DISCARD = "sandbox.discard"
+
+    @property
+    def reversible(self) -> Reversible:
+        """What can be said where no more is known than the kind; :attr:`Action.reversible` says it of one action."""
+        return _REVERSIBLE[self]
+
+
+_REVERSIBLE = {
+    Kind.PROCESS_EXEC: Reversible.YES,  # what it does then is asked for by itself
+    Kind.FILE_OPEN: Reversible.UNTIL_APPLIED,
+    Kind.FILE_RENAME: Reversible.UNTIL_APPLIED,
+    Kind.FILE_UNLINK: Reversible.UNTIL_APPLIED,
+    Kind.FILE_LINK: Reversible.UNTIL_APPLIED,
+    Kind.FILE_CHMOD: Reversible.UNTIL_APPLIED,
+    Kind.NET_SOCKET: Reversible.YES,
+    Kind.NET_CONNECT: Reversible.YES,  # the connection; what is sent on it is judged where it can be seen
+    Kind.NET_BIND: Reversible.YES,
+    Kind.NET_LISTEN: Reversible.YES,
+    Kind.NET_SEND: Reversible.YES,  # no datagram leaves the sandbox
+    Kind.NET_RESOLVE: Reversible.YES,
+    Kind.HTTP_REQUEST: Reversible.NO,
+    Kind.MODEL_CALL: Reversible.YES,  # the answer is all that there is of it
+    Kind.DATA_QUERY: Reversible.NO,
+    Kind.KERNEL: Reversible.YES,
+    Kind.SANDBOX_SNAPSHOT: Reversible.YES,
+    Kind.SANDBOX_RESTORE: Reversible.NO,  # what no snapshot has is lost
+    Kind.SANDBOX_FORK: Reversible.YES,
+    Kind.SANDBOX_APPLY: Reversible.NO,  # undo is for as long as nobody else has touched the files
+    Kind.SANDBOX_DISCARD: Reversible.NO,
+}
 
 
 # ---- subjects: what exactly ----
@@ -163,6 +204,23 @@ class KernelCall:
         return self.name
 
 
+class Meaning(Enum):
+    """What a request is for, beside what its method says."""
+
+    METHOD = "method"
+    """That, and nothing else that could be seen."""
+    FETCH = "fetch"
+    """What git sends to read: ``POST .../git-upload-pack`` (gitprotocol-http(5))."""
+    OVERRIDDEN = "overridden"
+    """Its head or its query names another method or path, which some servers take for the request's own."""
+    BODY = "body"
+    """It has a body although its method gives none a meaning (RFC 9110, sections 9.3.1 and 9.3.2)."""
+
+
+_SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))
+"""RFC 9110, section 9.2.1. Methods are told apart by their case (section 9.1): ``get`` is some other one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """An HTTP request to a named host."""
@@ -170,9 +228,17 @@ class Request:
     endpoint: Endpoint
     method: str
     path: str
+    meaning: Meaning = Meaning.METHOD
+
+    @property
+    def reversible(self) -> Reversible:
+        """Whether it only reads, as far as its head says: a server may do with a GET what it likes."""
+        reads = self.meaning is Meaning.FETCH or (self.meaning is Meaning.METHOD and self.method in _SAFE_METHODS)
+        return Reversible.YES if reads else Reversible.NO
 
     def __str__(self) -> str:
-        return f"{self.method} {self.endpoint}{self.path}"
+        meaning = "" if self.meaning is Meaning.METHOD else f" ({self.meaning.value})"
+        return f"{self.method} {self.endpoint}{self.path}{meaning}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +258,11 @@ class Query:
     source: str
     statement: str
     tables: tuple[str, ...] = ()
+
+    @property
+    def reversible(self) -> Reversible:
+        """Only ``select`` reads; a broker that cannot tell must say another word."""
+        return Reversible.YES if self.statement.lower() == "select" else Reversible.NO
 
     def __str__(self) -> str:
         return f"{self.statement} {', '.join(self.tables)} of {self.source}"
@@ -266,6 +337,16 @@ class Action:
     def name(self) -> str:
         """The kind as rules and records name it: ``net.connect``, ``kernel.mount``."""
         return f"kernel.{self.subject.name}" if isinstance(self.subject, KernelCall) else self.kind.value
+
+    @property
+    def reversible(self) -> Reversible:
+        """Whether what it brings about can be taken back."""
+        subject = self.subject
+        if isinstance(subject, Request | Query):
+            return subject.reversible
+        if isinstance(subject, File) and subject.access is Access.READ:
+            return Reversible.YES
+        return _REVERSIBLE[self.kind]
 
     def __str__(self) -> str:
         subject = "" if isinstance(self.subject, KernelCall) else f" {self.subject}"

@@ -27,6 +27,7 @@ from corral.actions import (
     Flow,
     KernelCall,
     Kind,
+    Meaning,
     ModelCall,
     Origin,
     Process,
@@ -74,7 +75,7 @@ SUBJECTS: dict[Kind, st.SearchStrategy[Any]] = {
         Program, HOSTILE, st.lists(HOSTILE, max_size=4).map(tuple), st.booleans(), HOSTILE, HOSTILE, HOSTILE
     ),
     Kind.NET_SOCKET: st.builds(Socket, NUMBERS, NUMBERS, NUMBERS),
-    Kind.HTTP_REQUEST: st.builds(Request, ENDPOINTS, HOSTILE, HOSTILE),
+    Kind.HTTP_REQUEST: st.builds(Request, ENDPOINTS, HOSTILE, HOSTILE, st.sampled_from(Meaning)),
     Kind.MODEL_CALL: st.builds(ModelCall, HOSTILE),
     Kind.DATA_QUERY: st.builds(Query, HOSTILE, HOSTILE, st.lists(HOSTILE, max_size=3).map(tuple)),
     Kind.KERNEL: st.builds(KernelCall, HOSTILE, NUMBERS, HOSTILE, st.booleans()),
@@ -348,3 +349,21 @@ def test_a_name_that_is_given_twice_is_refused() -> None:
     entry = encoded(SessionEnded("x"))
     with pytest.raises(ValueError, match="twice"):
         decode(entry[:-1] + b',"time":1}')
+
+
+def test_records_say_whether_it_can_be_taken_back_and_older_ones_are_read_all_the_same() -> None:
+    request = Request(Endpoint(Transport.TCP, "192.0.2.1", 443), "GET", "/a")
+
+    def entry_of(subject: Request) -> tuple[Decision, bytes]:
+        action = Action(Kind.HTTP_REQUEST, subject, Origin("box-1", "session-1"))
+        event = Decision(action, Verdict.ALLOW, "rule", "", "", "policy", 4, 1.5)
+        return event, encoded(event)
+
+    for subject, word in ((request, "yes"), (replace(request, meaning=Meaning.OVERRIDDEN), "no")):
+        event, entry = entry_of(subject)
+        assert json.loads(entry)["unmapped"]["corral"]["fields"]["reversible"] == word
+        assert decode(entry).event == event
+    event, entry = entry_of(request)
+    older = entry.replace(b'"reversible":"yes",', b"").replace(b'"meaning":"method",', b"")
+    assert b"meaning" not in older and b"reversible" not in older
+    assert decode(older).event == event

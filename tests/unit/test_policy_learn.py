@@ -121,11 +121,12 @@ def test_a_decision_comes_back_as_it_was(
 def test_the_format_is_what_the_documentation_says() -> None:
     found = decision(Kind.NET_CONNECT, Endpoint(TCP, "192.0.2.1", 443), DENY, reason="no", count=3)
     assert json.loads(encode(found)) == {
-        "version": 2,
+        "version": 3,
         "number": 1,
         "at": 1.5,
         "action": "net.connect",
         "kind": "net.connect",
+        "reversible": "yes",
         "verdict": "deny",
         "rule": "r",
         "reason": "no",
@@ -225,7 +226,7 @@ def broken(**changes: object) -> bytes:
         broken().replace(b'"count": 1', b'"count": 1, "count": 1'),
         encode(decision(Kind.MODEL_CALL, ModelCall("m")))[:-1],
         b" " * MAX_LINE + encode(decision(Kind.MODEL_CALL, ModelCall("m"))),
-        broken(version=3),
+        broken(version=2),
         broken(version=None),
         broken(at=None),
         broken(more=1),

@@ -17,6 +17,7 @@ from corral.actions import (
     Endpoint,
     File,
     KernelCall,
+    Meaning,
     Program,
     Query,
     Request,
@@ -33,6 +34,13 @@ PAGE = 50
 _MAX_TEXT = 4096  # a page of texts that JSON escapes six-fold is still below registry.MAX_LONG_MESSAGE
 _MAX_WORDS = 64
 _CUT = "[...]"
+
+_MEANINGS = {
+    Meaning.METHOD: "",
+    Meaning.FETCH: " (git reads)",
+    Meaning.OVERRIDDEN: " (which names another method or path for the server)",
+    Meaning.BODY: " (with a body)",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,8 @@ class Waiting:
     """``net.connect``, ``kernel.mount``, ..."""
     subject: str
     """What exactly. Names that hold spaces or quotes are quoted as for a shell."""
+    reversible: str
+    """Whether what it does can be taken back: ``yes``, ``until-applied`` or ``no``."""
     rule: str
     """Which rule asks."""
     reason: str
@@ -101,7 +111,8 @@ def describe(subject: Subject) -> str:
         return _cut(f"{subject.access.value} {' -> '.join(map(shlex.quote, names))}")
     if isinstance(subject, Request):
         where = _describe_endpoint(subject.endpoint)
-        return _cut(f"{shlex.quote(subject.method)} at {where}: {shlex.quote(subject.path)}")
+        method = f"{shlex.quote(subject.method)}{_MEANINGS[subject.meaning]}"
+        return _cut(f"{method} at {where}: {shlex.quote(subject.path)}")
     if isinstance(subject, Query):
         return _cut(f"{subject.statement} of {shlex.quote(subject.source)}: {shlex.join(_cut_words(subject.tables))}")
     if isinstance(subject, Verb):
@@ -131,6 +142,7 @@ def show(sandbox: str, question: Question) -> Waiting:
         exec=origin.exec,
         action=action.name,
         subject=describe(action.subject),
+        reversible=action.reversible.value,
         rule=_cut(question.opinion.rule),
         reason=_cut(question.opinion.reason),
         pid=process.pid if process else 0,

@@ -29,6 +29,8 @@ def _lines(waiting: Waiting) -> list[tuple[str, str]]:
     if waiting.step:
         where += f", step {waiting.step}"
     found = [("asked by", f"{waiting.rule}: {waiting.reason}" if waiting.reason else waiting.rule), ("in", where)]
+    by_itself = ", by itself; what is sent then may not be" if waiting.action == "net.connect" else ""
+    found.insert(1, ("reversible", f"{waiting.reversible}{by_itself}"))
     if waiting.pid:
         found += [
             ("program", f"{shlex.quote(waiting.exe)} (pid {waiting.pid}, inside {waiting.inner_pid})"),

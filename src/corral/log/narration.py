@@ -128,6 +128,7 @@ def _decision_line(decision: Decision) -> str:
 def _decision_details(decision: Decision) -> _Details:
     yield "rule", decision.rule
     yield "reason", decision.reason
+    yield "reversible", decision.action.reversible.value
     yield "advice", decision.advice
     yield "decided by", decision.decider
     yield "answered by", decision.answered_by

@@ -184,6 +184,7 @@ def _plain(event: Event, bounds: Bounds) -> tuple[dict[str, Any], list[str]]:
         action = event.action
         values: dict[str, Any] = {
             "kind": action.kind,
+            "reversible": action.reversible,
             "subject": action.subject,
             "verdict": event.verdict.name.lower(),
             "rule": event.rule,
@@ -243,6 +244,7 @@ def _decoded(values: dict[str, Any]) -> Record:
         action_kind = from_plain(Kind, fields.pop("kind"))
         subject = from_plain(subject_type(action_kind), fields.pop("subject"))
         times["action"] = Action(action_kind, subject, from_plain(Origin, fields.pop("origin")))
+        fields.pop("reversible", None)  # said for readers; it follows from the subject, and older records lack it
         times["asked"] = ()
     if kind in (Decision, Approval):
         times["verdict"] = _VERDICTS[fields.pop("verdict")]

@@ -29,7 +29,7 @@ _BY_POLICY = frozenset({"the policy refuses it", "the policy asks for it"})
 """The reason of a recorded system call that its policy named; all others were refused by the table, which no policy
 widens (corral.supervisor.filter)."""
 
-_SECTION = re.compile(r"(filesystem|network|process|syscalls|model|data|built-in|policy)\b")
+_SECTION = re.compile(r"(filesystem|network|process|syscalls|model|data|irreversible|built-in|policy)\b")
 """What the name of a rule of :class:`PolicyPart` begins with. Another part's question stays one, whatever policy
 says."""
 

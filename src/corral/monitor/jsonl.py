@@ -1,7 +1,8 @@
 """Decisions as JSON lines: one object a decision, for people with tools and for `corral policy learn`.
 
 The fields are those of :class:`~corral.actions.Decision` without ``asked``; ``action`` is the name of the action
-(``net.connect``, ``kernel.mount``), ``subject`` and ``origin`` hold the fields of their values, and verdicts are words.
+(``net.connect``, ``kernel.mount``), ``reversible`` whether it can be taken back, ``subject`` and ``origin`` hold the
+fields of their values, and verdicts are words.
 ``version`` is that of this format; it changes with the fields. A line has at most :data:`MAX_LINE` bytes: what is too
 long is cut, and ``cut`` names the fields in which something was.
 
@@ -22,7 +23,7 @@ from corral.diskspace import spare_bytes
 from corral.errors import CorralError, RequestError
 from corral.monitor.plain import WHOLE, from_plain, refuse, subject_type, to_plain, unique
 
-VERSION = 2
+VERSION = 3
 FLOW = "flow"
 """The ``kind`` of lines that are no decisions, but accounts of connections that are over."""
 MAX_LINE = 2 * 1024 * 1024
@@ -102,6 +103,7 @@ def encode(decision: Decision) -> bytes:
         "at": decision.at,
         "action": action.name,
         "kind": action.kind.value,
+        "reversible": action.reversible.value,
         "verdict": decision.verdict.name.lower(),
         "rule": decision.rule,
         "reason": decision.reason,
@@ -189,6 +191,8 @@ def decode(line: bytes) -> tuple[Decision, frozenset[str]]:
     kind = from_plain(Kind, values.pop("kind", None))
     subject: Subject = from_plain(subject_type(kind), values.pop("subject", None))
     action = Action(kind, subject, from_plain(Origin, values.pop("origin", None)))
+    if values.pop("reversible", None) != action.reversible.value and not cut:
+        raise ValueError("whether it can be taken back is not what its subject says")
     word = values.get("verdict")
     if word not in ("allow", "ask", "deny", "kill"):
         raise ValueError("its verdict is none")

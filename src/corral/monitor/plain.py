@@ -35,6 +35,8 @@ _SUBJECTS: dict[Kind, type[Any]] = {
     Kind.DATA_QUERY: Query,
     Kind.KERNEL: KernelCall,
 }
+_ADDED: dict[type[Any], dict[str, Any]] = {Request: {"meaning": "method"}}
+"""Fields that records of earlier versions do not have, with what they mean there."""
 _FAMILIES: dict[str, type[Any]] = {"file": File, "net": Endpoint, "sandbox": Verb}
 MAX_ENTRIES = 256
 """Entries of one list that is read."""
@@ -116,6 +118,8 @@ def from_plain(wanted: Any, given: Any, **known: object) -> Any:
             raise ValueError("a list is none, or too long")
         return tuple(from_plain(get_args(wanted)[0], each) for each in given)
     if isinstance(wanted, type) and is_dataclass(wanted):
+        if isinstance(given, dict):
+            given = {**_ADDED.get(wanted, {}), **given}
         if not isinstance(given, dict) or given.keys() != _hints(wanted).keys() - known.keys():
             raise ValueError(f"its {wanted.__name__.lower()} has other fields than it must")
         return wanted(**{name: from_plain(_hints(wanted)[name], each) for name, each in given.items()}, **known)
