@@ -164,14 +164,16 @@ DOCUMENTS: st.SearchStrategy[Document] = _section(
     ),
     detection=_section(rules=st.lists(PATHS, max_size=3)),
     autonomy=_section(level=st.integers(0, 9)),
+    irreversible=ANSWERS,
     allow_degraded=st.lists(st.just("landlock"), max_size=2),
 )
 
 
 def document_of(policy: Policy) -> Document:
     """A policy file that says all of ``policy``, in full."""
-    fields = {field.name for field in dataclasses.fields(policy)} - {"allow_degraded"}
+    fields = {field.name for field in dataclasses.fields(policy)} - {"allow_degraded", "irreversible"}
     document: Document = {name: _section_of(getattr(policy, name)) for name in fields}
+    document["irreversible"] = _value_of(policy.irreversible)
     document["environment"]["set"] = dict(policy.environment.set)
     document["log"]["keep"] = {content.value: seconds for content, seconds in policy.log.keep}
     for rule in document["network"]["deny"]:  # says nothing of how

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from corral.actions import Action, Endpoint, Kind, Origin, Request, Transport, Verdict
+from corral.actions import Action, Endpoint, Kind, Meaning, Origin, Request, Transport, Verdict
 from corral.gateway.credentials import Secret, load
 from corral.gateway.http import (
     AHEAD,
@@ -23,6 +23,7 @@ from corral.gateway.http import (
     Close,
     Command,
     Dial,
+    HangUp,
     HttpProxy,
     Phase,
     Refused,
@@ -651,6 +652,68 @@ def test_a_server_that_closes_between_requests() -> None:
     allow(subject)
     subject.upstream_bytes(OK)
     assert subject.upstream_ended() == [Close("the server ended the connection")]
+
+
+def test_a_server_that_closes_while_a_request_waits_is_dialled_again() -> None:
+    subject = proxy()
+    allow(subject)
+    subject.upstream_bytes(OK)
+    assert subject.client_bytes(GET) == [Ask("GET", "/a")]
+    assert subject.upstream_ended() == [HangUp()]
+    assert subject.upstream_ended() == []
+    assert not subject.wants_upstream
+    assert subject.decided(True) == [Dial(), ToUpstream(b"GET /a HTTP/1.1\r\nHost: web.test\r\n\r\n")]
+    assert client(subject.upstream_bytes(OK)).endswith(b"hi")
+
+
+def test_what_a_server_says_while_a_request_waits_is_nobodys_answer() -> None:
+    subject = proxy()
+    allow(subject)
+    subject.upstream_bytes(OK)
+    subject.client_bytes(GET)
+    assert subject.upstream_bytes(b"HTTP/1.1 408 Late\r\nContent-Length: 0\r\n\r\n") == [HangUp()]
+    assert client(subject.decided(False, "no")).startswith(b"HTTP/1.1 403 ")
+
+
+# ---- what a request is for ----
+
+_GIT = b"Content-Type: application/x-git-upload-pack-request\r\nContent-Length: 0\r\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "fields", "meaning"),
+    [
+        (b"GET /a", b"", Meaning.METHOD),
+        (b"POST /a", b"Content-Length: 0\r\n", Meaning.METHOD),
+        (b"GET /a", b"X-HTTP-Method-Override: DELETE\r\n", Meaning.OVERRIDDEN),
+        (b"POST /a", b"x_http_method: PUT\r\n", Meaning.OVERRIDDEN),
+        (b"GET /a", b"X-Original-URL: /admin\r\n", Meaning.OVERRIDDEN),
+        (b"GET /a?x=1&_method=delete", b"", Meaning.OVERRIDDEN),
+        (b"GET /a?%5fmethod=delete", b"", Meaning.OVERRIDDEN),
+        (b"GET /a?method=delete", b"", Meaning.METHOD),
+        (b"GET /a", b"Content-Length: 2\r\n", Meaning.BODY),
+        (b"HEAD /a", b"Transfer-Encoding: chunked\r\n", Meaning.BODY),
+        (b"GET /a", b"Content-Length: 0\r\n", Meaning.METHOD),
+        (b"POST /x.git/git-upload-pack", _GIT, Meaning.FETCH),
+        (b"POST /x.git/git-upload-pack?delete=1", _GIT, Meaning.METHOD),
+        (b"POST /x.git/git-upload-pack", b"Content-Length: 0\r\n", Meaning.METHOD),
+        (b"POST /x.git/git-upload-pack", _GIT + b"Content-Type: application/json\r\n", Meaning.METHOD),
+        (b"POST /x.git/git-upload-pack", _GIT + b"X-HTTP-Method-Override: DELETE\r\n", Meaning.OVERRIDDEN),
+        (b"POST /x.git/git-receive-pack", _GIT, Meaning.METHOD),
+    ],
+)
+def test_what_a_request_is_for(line: bytes, fields: bytes, meaning: Meaning) -> None:
+    raw = line + b" HTTP/1.1\r\nHost: web.test\r\n" + fields + b"\r\n"
+    [asked] = proxy().client_bytes(raw)
+    assert isinstance(asked, Ask)
+    assert asked.meaning is meaning
+
+
+def test_where_methods_are_judged_nothing_overrides_them() -> None:
+    subject = HttpProxy(NAME, 80, secure=False, judged=True)
+    raw = GET[:-2] + b"X-HTTP-Method-Override: DELETE\r\n\r\n"
+    assert subject.client_bytes(raw) == [Ask("GET", "/a")]
+    assert b"Override" not in upstream(subject.decided(True))
 
 
 # ---- what needs a permit ----

@@ -35,7 +35,8 @@ def test_the_form_holds_every_value_with_its_default() -> None:
     form = json.loads(canonical_form(Policy()))
     fields = {field.name for field in dataclasses.fields(Policy)}
     assert set(form) == fields | {"version"}
-    for name in fields - {"allow_degraded"}:
+    assert form["irreversible"] == "ask"
+    for name in fields - {"allow_degraded", "irreversible"}:
         assert set(form[name]) == {field.name for field in dataclasses.fields(getattr(Policy(), name))}
 
 
@@ -43,6 +44,7 @@ def test_the_form_holds_every_value_with_its_default() -> None:
     ("one", "other"),
     [
         ("", "profile: coding-agent"),
+        ("", "irreversible: ask"),
         ("", "network: {loopback: allow, deny: []}"),
         ("resources: {memory: 1GiB, wall_time: 90s}", "resources: {wall_time: 90.0, memory: 1073741824}"),
         ("resources: {cpu: 2}", "resources: {cpu: 2.0}"),
@@ -75,6 +77,8 @@ def test_notation_makes_no_difference(one: str, other: str) -> None:
     [
         ("", "profile: locked"),
         ("", "allow_degraded: [landlock]"),
+        ("", "irreversible: allow"),
+        ("irreversible: ask", "irreversible: deny"),
         ("environment: {set: {A: x}}", "environment: {set: {A: y}}"),
         ("process: {deny: [{path: a, argv: [b, c]}]}", "process: {deny: [{path: a, argv: [c, b]}]}"),
         ("process: {deny: [{path: a, argv: [b, b]}]}", "process: {deny: [{path: a, argv: [b]}]}"),

@@ -178,7 +178,9 @@ def reference_request(rule: NetworkRule, request: Request, certain: bool) -> boo
     return bool(ones) and (not readings or any(named))
 
 
-def reference_destination(network: Network, endpoint: Endpoint, request: Request | None = None) -> Verdict:
+def reference_destination(
+    network: Network, endpoint: Endpoint, request: Request | None = None, irreversible: Verdict = ALLOW
+) -> Verdict:
     if endpoint.transport is Transport.UNIX:
         return network.loopback
     reached, inside = endpoint.address, False
@@ -217,13 +219,25 @@ def reference_destination(network: Network, endpoint: Endpoint, request: Request
         if denied or len(secrets) > 1:
             return DENY
         free = network.loopback if inside and endpoint.name is None else DENY
-        return ASK if asked else ALLOW if allowed else free
+        verdict = ASK if asked else ALLOW if allowed else free
+        if not (asked or allowed) or inside or request.method in ("GET", "HEAD"):
+            return verdict
+        explicit = [
+            replace(rule, requests=ones)
+            for rule in (*network.allow, *network.ask)
+            if (ones := (*(each for each in rule.requests if each.methods), *_tunnels(rule)))
+        ]
+        return verdict if named(explicit, ALLOW) else max(verdict, irreversible)
     # Of a connection, rules about some of its requests say no more than that it must be possible.
     if any(inside or not rule.requests for rule in denied):
         return DENY
     query = endpoint.port == 53 and endpoint.address and not inside and not endpoint.protected
     if query and endpoint.name is None and endpoint.protocol is None and (network.allow or network.ask):
         return ALLOW
+    of_both = (*asked, *allowed)
+    unseen = endpoint.protocol == "tls" and not any(r.protocol or r.requests or r.credential for r in of_both)
+    if irreversible is DENY and unseen and of_both and not inside and not denied:
+        return DENY
     if any(inside or not rule.requests for rule in asked):
         return ASK
     if any(not (inside and rule.requests) for rule in (*asked, *allowed)):
@@ -231,6 +245,10 @@ def reference_destination(network: Network, endpoint: Endpoint, request: Request
     if inside and endpoint.name is None and not denied:
         return network.loopback
     return DENY
+
+
+def _tunnels(rule: NetworkRule) -> tuple[RequestRule, ...]:
+    return (RequestRule(("CONNECT",)),) if Permit.CONNECT in rule.permit or rule.protocol == "connect" else ()
 
 
 def reference_name(network: Network, name: str) -> Verdict:
@@ -283,30 +301,34 @@ def reference_program(processes: Processes, program: Program) -> Verdict:
     return ALLOW if any(named(rule, True) for rule in processes.allow) else DENY
 
 
-def reference_query(data: Data, query: Query) -> Verdict:
+def reference_query(data: Data, query: Query, irreversible: Verdict) -> Verdict:
     def concerns(rule: DataRule) -> bool:
         return rule.source == query.source and (not rule.statements or query.statement in rule.statements)
 
     def tables(rule: DataRule) -> list[bool]:
         return [any(reference_glob(glob, table) for glob in rule.tables) for table in query.tables]
 
-    for verdict, rules in ((DENY, data.deny), (ASK, data.ask)):
-        if any(concerns(rule) and (not rule.tables or any(tables(rule))) for rule in rules):
-            return verdict
-    covered = (concerns(r) and (not r.tables or (query.tables and all(tables(r)))) for r in data.allow)
-    return ALLOW if any(covered) else DENY
+    denied, asked = (
+        [rule for rule in rules if concerns(rule) and (not rule.tables or any(tables(rule)))]
+        for rules in (data.deny, data.ask)
+    )
+    allowed = [r for r in data.allow if concerns(r) and (not r.tables or (query.tables and all(tables(r))))]
+    verdict = DENY if denied else ASK if asked else ALLOW if allowed else DENY
+    if query.statement == "select" or any(rule.statements for rule in (*asked, *allowed)):
+        return verdict
+    return max(verdict, irreversible)
 
 
 def reference(policy: Policy, kind: Kind, subject: Subject) -> Verdict:
     if isinstance(subject, Request):
-        return reference_destination(policy.network, subject.endpoint, subject)
+        return reference_destination(policy.network, subject.endpoint, subject, policy.irreversible)
     if isinstance(subject, Endpoint):
         if kind is Kind.NET_RESOLVE:
             assert subject.name is not None
             return reference_name(policy.network, subject.name)
         if kind in (Kind.NET_BIND, Kind.NET_LISTEN):
             return policy.network.listen
-        return reference_destination(policy.network, subject)
+        return reference_destination(policy.network, subject, None, policy.irreversible)
     if isinstance(subject, Program):
         return reference_program(policy.process, subject)
     if isinstance(subject, File):
@@ -319,7 +341,7 @@ def reference(policy: Policy, kind: Kind, subject: Subject) -> Verdict:
                 return verdict
         return DENY
     if isinstance(subject, Query):
-        return reference_query(policy.data, subject)
+        return reference_query(policy.data, subject, policy.irreversible)
     if isinstance(subject, KernelCall):
         asked = subject.name in policy.syscalls.ask and subject.name not in policy.syscalls.deny
         return ASK if asked else DENY
@@ -406,7 +428,7 @@ model_rules = st.builds(ModelRule, globs)
 data_rules = st.builds(
     DataRule,
     st.sampled_from("st"),
-    st.sampled_from(((), ("select",), ("insert", "select"))),
+    st.sampled_from(((), ("select",), ("delete", "select"))),
     st.lists(globs, max_size=2).map(tuple),
 )
 queries = st.builds(
@@ -430,6 +452,7 @@ policies = st.builds(
     syscalls=st.builds(Syscalls, rule_lists(st.sampled_from(CALLS)), rule_lists(st.sampled_from(CALLS))),
     model=st.builds(Model, rule_lists(model_rules), rule_lists(model_rules), rule_lists(model_rules)),
     data=st.builds(Data, rule_lists(data_rules), rule_lists(data_rules), rule_lists(data_rules)),
+    irreversible=verdicts,
 )
 attempts = st.one_of(
     st.tuples(st.sampled_from((Kind.NET_CONNECT, Kind.NET_SEND)), st.one_of(endpoints, endpoints, unix)),
@@ -437,7 +460,12 @@ attempts = st.one_of(
     st.tuples(st.sampled_from((Kind.NET_BIND, Kind.NET_LISTEN)), st.one_of(endpoints, unix)),
     st.tuples(
         st.just(Kind.HTTP_REQUEST),
-        st.builds(Request, endpoints, st.sampled_from(("GET", "get", "PUT")), st.sampled_from(tuple(READINGS))),
+        st.builds(
+            Request,
+            endpoints,
+            st.sampled_from(("GET", "get", "POST", "PUT", "CONNECT")),
+            st.sampled_from(tuple(READINGS)),
+        ),
     ),
     st.tuples(st.just(Kind.PROCESS_EXEC), programs),
     st.tuples(
@@ -810,6 +838,7 @@ def test_a_path_that_may_be_another_is_no_way_around_a_question() -> None:
         allow=(NetworkRule("a.org"),),
         ask=(NetworkRule("a.org", requests=(RequestRule(("POST",), "/admin/*"),)),),
     )
+    policy = replace(policy, irreversible=ALLOW)
     for method, path, verdict in (
         ("POST", "/admin/x", ASK),
         ("post", "/admin/x", ASK),

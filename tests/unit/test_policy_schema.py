@@ -67,11 +67,12 @@ def _all_defaults() -> Document:
     file = schema.PolicyFile()
     document: Document = json.loads(file.model_dump_json(exclude_none=True))
     document["network"] |= {"loopback": "allow", "listen": "allow"}
+    document["irreversible"] = "ask"
     return document
 
 
 def test_the_reference_names_every_field() -> None:
-    known = {"version", "profile", "allow_degraded"}
+    known = {"version", "profile", "irreversible", "allow_degraded"}
     for name, values in SECTIONS.items():
         if dataclasses.is_dataclass(values):
             known |= {f"{name}.{field.name}" for field in dataclasses.fields(values)}

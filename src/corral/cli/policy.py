@@ -8,12 +8,13 @@ import sys
 from collections.abc import Sequence
 from errno import ENOSYS
 
-from corral.actions import Action, KernelCall, Opinion, Verdict
+from corral.actions import Action, KernelCall, Opinion, Reversible, Verdict
 from corral.cli.foreground import complain, printable
 from corral.errors import PolicyError, RequestError
 from corral.policy.canonical import policy_hash
 from corral.policy.expectations import load_expectations, table_beside
 from corral.policy.explain import FORMS, find_rule, parse_action
+from corral.policy.irreversible import unseen_rules
 from corral.policy.load import load_policy
 from corral.policy.model import Policy
 from corral.policy.part import Judgement, PolicyPart
@@ -52,15 +53,20 @@ def check(paths: Sequence[str], *, as_json: bool) -> int:
         try:
             policy = load_policy(path)
         except PolicyError as error:
-            rows.append({"file": path, "hash": None, "summary": None, "problems": list(error.problems)})
+            problems = list(error.problems)
+            rows.append({"file": path, "hash": None, "summary": None, "unseen": [], "problems": problems})
         else:
-            rows.append({"file": path, "hash": policy_hash(policy), "summary": _summary(policy), "problems": []})
+            unseen = [f"{rule} ({spoken})" for rule, spoken in unseen_rules(policy)]
+            known = {"file": path, "hash": policy_hash(policy), "summary": _summary(policy)}
+            rows.append({**known, "unseen": unseen, "problems": []})
     if as_json:
         _print_json(rows)
     else:
         for row in rows:
             if row["hash"]:
                 print(f"{printable(str(row['file']))}: {row['hash']}\n  {row['summary']}")
+            if row["unseen"]:
+                print(f"  writes are not seen, and not asked for, under {', '.join(row['unseen'])}")
             for problem in row["problems"] or ():
                 complain(problem)
     return PolicyError.exit_code if any(row["problems"] for row in rows) else 0
@@ -109,6 +115,7 @@ def explain(path: str | None, words: Sequence[str], *, as_json: bool) -> None:
             {
                 "action": str(action),
                 "verdict": opinion.verdict.name.lower(),
+                "reversible": action.reversible.value,
                 "rule": opinion.rule,
                 "where": find_rule(source, opinion.rule, policy),
                 "reason": opinion.reason,
@@ -131,6 +138,7 @@ def explain(path: str | None, words: Sequence[str], *, as_json: bool) -> None:
         ("rule", _placed(opinion.rule, find_rule(source, opinion.rule, policy))),
         ("reason", opinion.reason),
         ("instead", opinion.advice),
+        ("undo", _UNDO[action.reversible]),
         ("private", "the agent is told neither the rule nor its reason" if opinion.private else ""),
         *(
             ("also", f"{match.verdict.name.lower()} by {_placed(match.rule, find_rule(source, match.rule, policy))}")
@@ -140,6 +148,13 @@ def explain(path: str | None, words: Sequence[str], *, as_json: bool) -> None:
     for name, text in lines:
         if text:
             print(f"{name + ':':<9}{printable(text)}")
+
+
+_UNDO = {
+    Reversible.YES: "",
+    Reversible.UNTIL_APPLIED: "until it is applied",
+    Reversible.NO: "what it does cannot be taken back",
+}
 
 
 def _placed(rule: str, place: str) -> str:

@@ -17,6 +17,7 @@ from corral.actions import (
     File,
     KernelCall,
     Kind,
+    Meaning,
     ModelCall,
     Origin,
     Program,
@@ -27,6 +28,7 @@ from corral.actions import (
     Verb,
 )
 from corral.policy.document import Route, Tree, check_text, quoted
+from corral.policy.irreversible import fetches
 from corral.policy.names import canonical_address, canonical_name
 from corral.policy.notation import Rule
 from corral.policy.profiles import PROFILES
@@ -129,9 +131,9 @@ def _request(words: Sequence[str]) -> tuple[Kind, Subject]:
     if endpoint.transport is Transport.UNIX:
         raise ValueError(f"{quoted(target)} is not HOST:PORT/PATH")
     endpoint = replace(endpoint, protocol="tls" if endpoint.port == 443 else "http")
-    return Kind.HTTP_REQUEST, Request(
-        _with_options(endpoint, options, "--protocol", "--at", "--protected"), method, slash + path
-    )
+    endpoint = _with_options(endpoint, options, "--protocol", "--at", "--protected")
+    meaning = Meaning.FETCH if fetches(method, slash + path) else Meaning.METHOD  # taken for git's own
+    return Kind.HTTP_REQUEST, Request(endpoint, method, slash + path, meaning)
 
 
 def _exec(words: Sequence[str]) -> tuple[Kind, Subject]:
@@ -216,7 +218,8 @@ def _locate(rule: str, policy: object) -> tuple[Route, object]:
         value = getattr(value, name, None)
     if index and isinstance(value, tuple):
         value = value[int(index.removesuffix("]"))]
-    return (route if len(route) == 2 and value is not None else ()), value
+    known = len(route) == 2 or rule == "irreversible"
+    return (route if known and value is not None else ()), value
 
 
 def _read(source: str) -> tuple[Tree, PolicyFile]:
@@ -230,7 +233,9 @@ def _read(source: str) -> tuple[Tree, PolicyFile]:
 
 def _place(tree: Tree, file: PolicyFile, route: Route, wanted: object) -> int | None:
     """The line where this file says it, if it does: lists of several files are joined, so rules are told by value."""
-    written = getattr(getattr(file, str(route[0])), str(route[1]))
+    written: object = file
+    for name in route:
+        written = getattr(written, str(name))
     if not isinstance(written, tuple):
         return tree.place(route)[0] if tree.is_value(route) else None
     for index, entry in enumerate(written):

@@ -18,14 +18,18 @@ from corral.policy.schema import PolicyFile
 ADDED = frozenset({"deny", "ask", "watch", "rules"})
 """Lists whose entries are added to those of the profile; all of them can only tighten."""
 _OF_THE_FILE = frozenset({"version", "profile", "allow_degraded"})
+_ANSWERS = frozenset({"irreversible"})
+"""Fields of the file that are no sections."""
 
 
 def merged(base: Policy, file: PolicyFile) -> Policy:
     """``base`` with what ``file`` says. ``allow_degraded`` is never inherited: weakness is said where it is used."""
     sections = {
-        name: _section(getattr(base, name), getattr(file, name)) for name in file.model_fields_set - _OF_THE_FILE
+        name: _section(getattr(base, name), getattr(file, name))
+        for name in file.model_fields_set - _OF_THE_FILE - _ANSWERS
     }
-    return replace(base, **sections, allow_degraded=frozenset(file.allow_degraded))
+    answers = {name: getattr(file, name) for name in file.model_fields_set & _ANSWERS}
+    return replace(base, **sections, **answers, allow_degraded=frozenset(file.allow_degraded))
 
 
 def _section(base: Any, given: Strict) -> Any:

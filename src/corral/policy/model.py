@@ -377,4 +377,7 @@ class Policy:
     log: Log = field(default_factory=Log)
     detection: Detection = field(default_factory=Detection)
     autonomy: Autonomy = field(default_factory=Autonomy)
+    irreversible: Verdict = Verdict.ASK
+    """What becomes of requests and queries that change something outside for good, where they are allowed by rules that
+    do not name their method or statement."""
     allow_degraded: frozenset[Degradation] = frozenset()

@@ -23,6 +23,7 @@ from corral.actions import (
     Program,
     Query,
     Request,
+    Reversible,
     Socket,
     Subject,
     Transport,
@@ -30,6 +31,7 @@ from corral.actions import (
     Verdict,
 )
 from corral.policy.destinations import UNHEARD, Destinations
+from corral.policy.irreversible import REASON, RULE, UNSEEN, NamedWrites, names_statement, passes_unseen
 from corral.policy.matching import Models, Paths, Programs, Queries, packed_address
 from corral.policy.model import NetworkRule, Note, Policy
 from corral.policy.terms import Terms, combined, credentials
@@ -217,7 +219,13 @@ class PolicyPart:
             *_listed(Verdict.ALLOW, "network.allow", allow, network.allow),
             *_listed(Verdict.ALLOW, "network.ask", reachable, network.ask),
         ]
-        return [loopback] if place.is_loopback and not matches else matches
+        if place.is_loopback and not matches:
+            return [loopback]
+        if self.policy.irreversible is Verdict.DENY and matches and not place.inside:
+            rules = (*(network.ask[index] for index in (*ask, *reachable)), *(network.allow[index] for index in allow))
+            if passes_unseen(rules, endpoint, intercepted=self.terms(endpoint).intercept):
+                matches.append(Match(Verdict.DENY, RULE, Note(UNSEEN)))
+        return matches
 
     def _request(self, request: Request) -> list[Match]:
         network, endpoint = self.policy.network, request.endpoint
@@ -234,7 +242,19 @@ class PolicyPart:
         if len(credentials(rules, endpoint.protocol)) > 1:
             note = Note("The rules that name this request would put different credentials into it.")
             matches.append(Match(Verdict.DENY, "network (several credentials)", note))
+        writes = request.reversible is Reversible.NO and not place.inside
+        if matches and writes and not self._named_writes.name(request, place.reached):
+            matches += self._irreversible("method", f"`requests: [{_cut(request.method, 32)} /PATH]`")
         return [Match(network.loopback, "network.loopback")] if place.is_loopback and not matches else matches
+
+    @cached_property
+    def _named_writes(self) -> NamedWrites:
+        return NamedWrites(self.policy)
+
+    def _irreversible(self, what: str, rule: str) -> list[Match]:
+        """What the policy says of a write that no rule names; to be added to what allows it, never in its place."""
+        verdict = self.policy.irreversible
+        return [] if verdict is Verdict.ALLOW else [Match(verdict, RULE, Note(REASON.format(what=what, rule=rule)))]
 
     def _found(self, place: _Place, request: Request | None = None) -> tuple[list[int], list[int], list[int]]:
         """The rules of deny, ask and allow that name it."""
@@ -348,11 +368,16 @@ class PolicyPart:
     def _query(self, query: Query) -> list[Match]:
         allow, ask, deny = self._queries
         data = self.policy.data
-        return [
+        asked, allowed = ask.all(query, certain=False), allow.all(query, certain=True)
+        matches = [
             *_listed(Verdict.DENY, "data.deny", deny.all(query, certain=False), data.deny),
-            *_listed(Verdict.ASK, "data.ask", ask.all(query, certain=False), data.ask),
-            *_listed(Verdict.ALLOW, "data.allow", allow.all(query, certain=True), data.allow),
+            *_listed(Verdict.ASK, "data.ask", asked, data.ask),
+            *_listed(Verdict.ALLOW, "data.allow", allowed, data.allow),
         ]
+        rules = (*(data.ask[index] for index in asked), *(data.allow[index] for index in allowed))
+        if matches and query.reversible is Reversible.NO and not names_statement(rules):
+            matches += self._irreversible("statement", f"`statements: [{_cut(query.statement, 32)}]`")
+        return matches
 
 
 def _refused(match: Match, reason: str) -> Judgement:

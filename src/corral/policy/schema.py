@@ -225,6 +225,9 @@ class PolicyFile(Strict):
     log: LogSection = Field(default_factory=LogSection)
     detection: DetectionSection = Field(default_factory=DetectionSection)
     autonomy: AutonomySection = Field(default_factory=AutonomySection)
+    irreversible: Answer = _DEFAULT.irreversible
+    """What writes outside for good (POST, PUT, DELETE, `git push`, `insert`, ...) and is allowed by no rule that names
+    its method or statement."""
     allow_degraded: Walls = ()
     """Walls that may be missing on this machine. Never inherited."""
 
