@@ -93,6 +93,8 @@ class Connection:
         """How often the first bytes were looked at."""
         self._outward: Outward | None = None
         self._outside: socket.socket | None = None
+        self._segments = (0, 0)
+        """Of connections to the outside that are over."""
         self._relay: Relay | None = None
         self._exchange: Exchange | None = None
         self._questions: Questions | None = None
@@ -319,6 +321,17 @@ class Connection:
         self._outward = Outward(self.egress, self.attempt, self.endpoint, self._to[0], patience, reached)
         self._outward.start()
 
+    def let_go(self) -> None:
+        """The connection to the outside is over, and there may be another. Nobody reads or writes it any more."""
+        sock, self._outside = self._outside, None
+        if sock is not None:
+            self._segments = self._all_segments(sock)
+            sock.close()
+
+    def _all_segments(self, sock: socket.socket | None) -> tuple[int, int]:
+        (up, down), (more_up, more_down) = self._segments, (0, 0) if sock is None else segments(sock)
+        return up + more_up, down + more_down
+
     def _reached(self, sock: socket.socket | None, problem: str) -> None:
         if sock is None:
             self.unreachable(problem)
@@ -473,13 +486,14 @@ class Connection:
 
     def flow(self, close: str = "") -> Flow:
         """What it is, or was."""
-        up = down = packets_up = packets_down = 0
+        up = down = 0
         if self._relay is not None:
             up, down = self._relay.counts
         elif self._exchange is not None:
             up, down = self._exchange.counts
-        if self._outside is not None and self._outside.fileno() >= 0:
-            packets_up, packets_down = segments(self._outside)
+        outside = self._outside
+        is_open = outside is not None and outside.fileno() >= 0
+        packets_up, packets_down = self._all_segments(outside if is_open else None)
         hello = None if self.found is None else self.found.hello
         return Flow(
             origin=self.egress.nobody if self.attempt is None else self.attempt.decision.action.origin,

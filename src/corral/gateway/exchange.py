@@ -18,13 +18,14 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from corral.actions import Decision, Kind, Opinion, Request, Verdict
+from corral.actions import Decision, Kind, Meaning, Opinion, Request, Verdict
 from corral.gateway.authority import upstream_context
 from corral.gateway.http import (
     Ask,
     Close,
     Command,
     Dial,
+    HangUp,
     HttpProxy,
     Phase,
     Refused,
@@ -34,6 +35,7 @@ from corral.gateway.http import (
 )
 from corral.gateway.http_rules import permit_of
 from corral.gateway.rules import SPENT
+from corral.gateway.sockets import is_connected
 from corral.gateway.streams import MANY, SecureStream, Stream
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ HEAD = 30.0
 """Seconds for a handshake, and for a head from its first byte to its last."""
 _FAULT = 500
 """The first status of the server's, or our own, failings (RFC 9110, section 15.6)."""
+GONE = 1.0
+"""Seconds for which a request has waited when its client's end of the connection shows that nobody waits any more."""
 LINGER = 2.0
 """Seconds for a client to read its last answer."""
 
@@ -81,6 +85,8 @@ class Exchange:
         """When the present phase began, or something moved in it."""
         self._phase = Phase.IDLE
         self._counts = (0, 0)
+        self._earlier = (0, 0)
+        """Bytes to and from the server on connections that are over."""
 
     def _secret(self) -> Secret | None:
         """What is put into the requests. Raises KeyError where nobody has loaded it."""
@@ -90,7 +96,8 @@ class Exchange:
     @property
     def counts(self) -> tuple[int, int]:
         """Bytes that went to the server and came from it."""
-        return (0, 0) if self._server is None else (self._server.bytes_out, self._server.bytes_in)
+        up, down = self._earlier
+        return self._earlier if self._server is None else (up + self._server.bytes_out, down + self._server.bytes_in)
 
     def start(self) -> None:
         """Begins with what was read already."""
@@ -151,7 +158,8 @@ class Exchange:
                 self._run(self._proxy.upstream_ended())  # what could have become a secret and did not
             self._half_over(self._client)
             return
-        if reason:  # an answer that ends with its connection must not look complete
+        if reason and self._proxy.phase is not Phase.ASKED:
+            # An answer that ends with its connection must not look complete.
             self._run(self._proxy.failed(f"{self._host}: {reason}"))
         else:
             self._run(self._proxy.upstream_ended())
@@ -167,7 +175,7 @@ class Exchange:
 
     def _to_server(self, data: bytes) -> None:
         server = self._server
-        before = self._early_bytes if server is None else server.bytes_out + server.queued
+        before = self.counts[0] + (self._early_bytes if server is None else server.queued)
         if self._exceeds("sent", before + len(data), self._terms.limits.up) or self._spent(0, data):
             return
         if server is not None:
@@ -232,6 +240,8 @@ class Exchange:
                 self._ask(command)
             case Dial():
                 self._connection.outward(self._dialled)
+            case HangUp():
+                self._hang_up()
             case Refused():
                 self._refused(command)
             case Tunnel():
@@ -239,11 +249,18 @@ class Exchange:
             case Close(reason):
                 self._close(reason)
 
-    def _request(self, method: str, path: str) -> Request:
+    def _hang_up(self) -> None:
+        self._earlier = self.counts
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        self._connection.let_go()
+
+    def _request(self, method: str, path: str, meaning: Meaning = Meaning.METHOD) -> Request:
         endpoint = self._connection.endpoint
         if endpoint.name is not None:  # the request is the same whichever address it goes to
             endpoint = replace(endpoint, address="", protected=False)
-        return Request(endpoint, method, path)
+        return Request(endpoint, method, path, meaning)
 
     def _ask(self, ask: Ask) -> None:
         connection = self._connection
@@ -251,7 +268,7 @@ class Exchange:
         if attempt is None:
             self._run(self._proxy.decided(False))
             return
-        request = self._request(ask.method, ask.path)
+        request = self._request(ask.method, ask.path, ask.meaning)
         self._held = connection.egress.decide(
             Kind.HTTP_REQUEST,
             request,
@@ -356,6 +373,9 @@ class Exchange:
             self._connection.over("its request was not complete in time", broken=True)
         elif self._phase is not Phase.ASKED and waited > self._terms.limits.idle:
             self._connection.over("nothing moved for too long", broken=True)
+        elif self._phase is Phase.ASKED and waited > GONE and not is_connected(self._client.socket):
+            # Nothing of it is read now. What its client has given up must not go out when somebody says yes later.
+            self._connection.over("its client was gone before the answer", broken=True)
 
     def close(self) -> None:
         """The connection is over. May be called again."""

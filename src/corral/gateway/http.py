@@ -7,7 +7,7 @@ read one message differently. One object serves one connection of the sandbox an
 Order that always holds:
 
 1. ``Ask`` for a request; nothing of it has gone out, and the server has not even been dialled for it.
-2. ``decided(True)``: ``Dial`` (before the first request only), then ``ToUpstream``.
+2. ``decided(True)``: ``Dial`` (before the first request, and after a ``HangUp``), then ``ToUpstream``.
    ``decided(False)``: the refusal goes to the client, nothing goes to the server.
 3. The next request is looked at once the answer to this one is complete. Pipelined requests wait.
 4. After ``Close`` nothing more comes: write what was to be written before it, then close both connections.
@@ -20,6 +20,7 @@ Usage::
         match command:
             case Ask(): ...       # and later proxy.decided(allowed, reason, advice)
             case Dial(): ...      # hold ToUpstream until it stands; proxy.failed(reason) if it cannot
+            case HangUp(): ...    # this connection to the server is over; there may be another
             case ToUpstream(): ...
             case ToClient(): ...
             case Refused(): ...   # for the records; the answer itself is a ToClient
@@ -45,6 +46,7 @@ from corral.gateway.http_commands import (
     Close,
     Command,
     Dial,
+    HangUp,
     Phase,
     Refused,
     ToClient,
@@ -58,7 +60,15 @@ from corral.gateway.http_heads import (
     request_head,
     response_head,
 )
-from corral.gateway.http_rules import check_body, check_scrubbable, impossible, outgoing, unwanted, without_echoes
+from corral.gateway.http_rules import (
+    check_body,
+    check_scrubbable,
+    impossible,
+    meaning_of,
+    outgoing,
+    unwanted,
+    without_echoes,
+)
 from corral.gateway.refusal import answer
 from corral.gateway.scrubbing import Scrubber
 from corral.policy.model import FlowLimits, Permit
@@ -68,6 +78,7 @@ __all__ = [
     "Close",
     "Command",
     "Dial",
+    "HangUp",
     "HttpProxy",
     "Phase",
     "Refused",
@@ -167,6 +178,8 @@ class HttpProxy:
             self._upstream.data += data
             self._read_answer()
             self._advance()
+        elif data and self._phase is Phase.ASKED:
+            self._hang_up()  # 408, say; whoever asks next must not get it
         elif data:
             self._close("the server sent bytes that nobody asked for")
         return self._take()
@@ -177,8 +190,10 @@ class HttpProxy:
         if self._phase is Phase.TUNNEL:
             if self._tunnel_scrubber is not None:
                 self._to_client(self._tunnel_scrubber.end())
+        elif self._phase is Phase.ASKED:
+            self._hang_up()
         elif self._phase is not Phase.EXCHANGE or exchange is None:
-            # Also where a next request waits: that it got no answer at all tells the client to try it anew.
+            # Also where a next request comes in: that it got no answer at all tells the client to try it anew.
             self._close("the server ended the connection")
         elif not exchange.answered:
             self._fail(502, "the server ended the connection without an answer")
@@ -188,6 +203,12 @@ class HttpProxy:
             if self._phase is Phase.EXCHANGE:
                 self._close("the server broke its answer off")
         return self._take()
+
+    def _hang_up(self) -> None:
+        """The server is lost while a request waits: a person may take longer than any server waits for the next one."""
+        if self._dialled:
+            self._dialled = False
+            self._commands.append(HangUp())
 
     def decided(self, allowed: bool, reason: str = "", advice: str = "", *, injecting: bool = True) -> list[Command]:
         """The answer to ``Ask``. Of a private rule, give neither reason nor advice; ``injecting`` is whether the secret
@@ -295,7 +316,8 @@ class HttpProxy:
             self._deny(self._exchange, forbidden, "")
         else:
             upgrade = "connect" if head.method == "CONNECT" else head.upgrade
-            self._commands.append(Ask(head.method, head.path, upgrade))
+            meaning = meaning_of(head, judged=self._judged)
+            self._commands.append(Ask(head.method, head.path, upgrade, meaning))
         return None
 
     def _deny(self, exchange: Exchange, reason: str, advice: str) -> None:

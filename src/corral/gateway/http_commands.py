@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from corral.actions import Meaning
+
 
 @dataclass(frozen=True, slots=True)
 class Ask:
@@ -16,11 +18,18 @@ class Ask:
     it is ``/HOST:PORT``."""
     upgrade: str = ""
     """``websocket``, ``h2c``, ...: what the request wants to change to; it is permitted already."""
+    meaning: Meaning = Meaning.METHOD
 
 
 @dataclass(frozen=True, slots=True)
 class Dial:
     """The server is needed from now on. What is to go to it follows at once: hold it until the connection stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class HangUp:
+    """The server has ended the connection while a request waited for its decision: close it. Nothing of the request has
+    gone out, so if it is allowed, there will be another ``Dial``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +69,7 @@ class Close:
     reason: str
 
 
-Command = Ask | Dial | ToUpstream | ToClient | Refused | Tunnel | Close
+Command = Ask | Dial | HangUp | ToUpstream | ToClient | Refused | Tunnel | Close
 
 
 class Phase(Enum):

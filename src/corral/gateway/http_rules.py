@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterable, Set
 from urllib.parse import unquote_plus
 
+from corral.actions import Meaning
 from corral.gateway.credentials import Secret, inject
 from corral.gateway.handshakes import is_mining_in_http, tunnel_in_http
 from corral.gateway.http_heads import Fields, HttpError, RequestHead, ResponseHead
+from corral.policy.irreversible import fetches
 from corral.policy.model import Permit
 
 _UPGRADES = {"websocket": Permit.WEBSOCKET, "h2c": Permit.H2C}
@@ -34,6 +36,8 @@ _ECHOES = frozenset(("TRACE", "TRACK"))
 """RFC 9110, section 9.3.8, and its name in old servers; some take a method in any case."""
 _BODILESS = frozenset(("GET", "HEAD"))
 """Methods whose body has no meaning (RFC 9110, sections 9.3.1 and 9.3.2), so that rules take them for reading."""
+
+_FETCH_TYPE = b"application/x-git-upload-pack-request"
 
 
 def permit_of(upgrade: str) -> Permit:
@@ -78,7 +82,27 @@ def impossible(head: RequestHead, permits: Set[Permit], *, injecting: bool, judg
     return ""
 
 
+def meaning_of(head: RequestHead, *, judged: bool) -> Meaning:
+    """What a request is for beside its method. Where it is ``judged``, fields that override the method do not go on
+    (:func:`outgoing`), and a query that does was refused (:func:`impossible`)."""
+    if not judged:
+        if any(_is_override(name) for name, _ in head.fields) or _asks_for_another(head.target):
+            return Meaning.OVERRIDDEN
+        if head.method in _BODILESS and head.has_body:
+            return Meaning.BODY
+    if b"?" not in head.target and fetches(head.method, head.path):
+        types = [value for name, value in head.fields if name.lower() == b"content-type"]
+        return Meaning.FETCH if types == [_FETCH_TYPE] else Meaning.METHOD
+    return Meaning.METHOD
+
+
+def _is_override(name: bytes) -> bool:
+    return name.lower().replace(b"_", b"-") in _OVERRIDES
+
+
 def _asks_for_another(target: bytes) -> bool:
+    if b"?" not in target:
+        return False
     query = target.partition(b"?")[2].replace(b";", b"&").decode("ascii", "replace")
     keys = (unquote_plus(pair.partition("=")[0]).strip().casefold() for pair in query.split("&"))
     # PHP takes a dot, a space and an open bracket in a key for `_`.
@@ -92,7 +116,7 @@ def outgoing(
     ``injecting``, the secret is another request's, but its echoes must be found in this answer too."""
     fields = head.fields
     if judged:
-        fields = [item for item in fields if item[0].lower().replace(b"_", b"-") not in _OVERRIDES]
+        fields = [item for item in fields if not _is_override(item[0])]
     if secret is not None:
         fields = [item for item in fields if item[0].lower().replace(b"_", b"-") not in _UNSCRUBBABLE]
         fields = [*fields, (b"Accept-Encoding", b"identity")]
