@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from corral.actions import Decision, Kind, Meaning, Opinion, Request, Verdict
 from corral.gateway.authority import upstream_context
+from corral.gateway.client import is_gone
 from corral.gateway.http import (
     Ask,
     Close,
@@ -35,7 +36,6 @@ from corral.gateway.http import (
 )
 from corral.gateway.http_rules import permit_of
 from corral.gateway.rules import SPENT
-from corral.gateway.sockets import is_connected
 from corral.gateway.streams import MANY, SecureStream, Stream
 
 if TYPE_CHECKING:
@@ -373,9 +373,13 @@ class Exchange:
             self._connection.over("its request was not complete in time", broken=True)
         elif self._phase is not Phase.ASKED and waited > self._terms.limits.idle:
             self._connection.over("nothing moved for too long", broken=True)
-        elif self._phase is Phase.ASKED and waited > GONE and not is_connected(self._client.socket):
-            # Nothing of it is read now. What its client has given up must not go out when somebody says yes later.
+        elif self._phase is Phase.ASKED and waited > GONE and self._is_deserted():
+            # What its client has given up must not go out when somebody says yes later.
             self._connection.over("its client was gone before the answer", broken=True)
+
+    def _is_deserted(self) -> bool:
+        attempt = self._connection.attempt
+        return is_gone(self._client.socket, None if attempt is None else attempt.decision.action.origin.process)
 
     def close(self) -> None:
         """The connection is over. May be called again."""
