@@ -210,7 +210,7 @@ class Meaning(Enum):
     METHOD = "method"
     """That, and nothing else that could be seen."""
     FETCH = "fetch"
-    """What git sends to read: ``POST .../git-upload-pack`` (gitprotocol-http(5))."""
+    """A POST by which a well-known tool reads, as git does: see :func:`corral.policy.irreversible.fetches`."""
     OVERRIDDEN = "overridden"
     """Its head or its query names another method or path, which some servers take for the request's own."""
     BODY = "body"

@@ -16,13 +16,14 @@ import pytest
 from corral.actions import Kind, Meaning, Request, Reversible, Verdict
 from corral.approvals.queue import Question, Scope
 from corral.approvals.waiting import show
+from corral.errors import RequestError
 from corral.policy.load import parse_policy
 from corral.policy.model import Policy
 from corral.sandbox.box import Sandbox
 from tests.contain.conftest import MakeBox
 from tests.contain.gateway_boxes import policy_of, python, refusals, shell
 from tests.contain.test_gateway_clients import SPARE, MakePeer, fine, make_peer, needs, questions, resident, until
-from tests.internet import places
+from tests.internet import packages, places
 from tests.internet.world import Internet
 
 __all__ = ["make_peer"]
@@ -121,25 +122,25 @@ async def test_nobody_answers_and_the_client_hears_why(make_box: MakeBox, intern
     assert arrived(internet) == ["GET /"]
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
-async def test_a_client_that_is_gone_takes_its_request_back(make_box: MakeBox, internet: Internet, scheme: str) -> None:
+async def test_a_client_that_is_gone_takes_its_request_back(make_box: MakeBox, internet: Internet) -> None:
     """It gave up, or was killed: what it wanted must not happen minutes later."""
     box = await make_box(policy=policy_of(BOTH))
     internet.clear()
     queue = box.core.supervision.approvals
-    gives_up = asyncio.create_task(shell(box, f"curl -sS -m 2 -d body {scheme}://web.test/echo"))
+    schemes = ("http", "https")
+    give_up = [asyncio.create_task(shell(box, f"curl -sS -m 2 -d body {each}://web.test/echo")) for each in schemes]
     # More than the kernel takes: that it is gone does not show on the connection.
-    kill = f"head -c 30000000 /dev/zero >/tmp/much; timeout -s KILL 2 curl -sS -T /tmp/much {scheme}://web.test/upload"
-    killed = asyncio.create_task(shell(box, kill))
-    first, second = await questions(box, 2)
-    assert (await gives_up).exit_code == 28
-    assert (await killed).exit_code != 0
+    kill = "head -c 20000000 /dev/zero | timeout -s KILL 2 curl -sS -H Expect: -T - {}://web.test/upload"
+    killed = [asyncio.create_task(shell(box, kill.format(each))) for each in schemes]
+    found = await questions(box, 4)
+    assert [result.exit_code for result in await asyncio.gather(*give_up)] == [28, 28]
+    assert all(result.exit_code != 0 for result in await asyncio.gather(*killed))
     await until(lambda: not queue.waiting())
-    for question in (first, second):
-        with pytest.raises(Exception, match="gone"):
+    for question in found:
+        with pytest.raises(RequestError, match="gone"):
             answer(box, question, Verdict.ALLOW)
-    found = refusals(box, Kind.HTTP_REQUEST)
-    assert [each.reason for each in found] == ["whoever tried it was gone before the answer"] * 2
+    reasons = [each.reason for each in refusals(box, Kind.HTTP_REQUEST)]
+    assert reasons == ["whoever tried it was gone before the answer"] * 4
     assert arrived(internet) == []
 
 
@@ -171,17 +172,14 @@ async def test_what_is_pipelined_behind_a_held_request_waits_its_turn(make_box: 
     assert arrived(internet) == ["GET /echo?behind", "PUT /echo", "GET /echo?last"]
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
-async def test_a_large_body_waits_with_its_client(make_box: MakeBox, internet: Internet, scheme: str) -> None:
+async def test_a_large_body_waits_with_its_client(make_box: MakeBox, internet: Internet) -> None:
     """It is not taken in, whatever its length: the client sleeps in its send, and all of it arrives after the yes."""
     box = await make_box(policy=policy_of(BOTH))
     internet.clear()
-    size = 96 << 20
-    piece = bytes(range(256)) * 4096
+    size, piece = 64 << 20, bytes(range(256)) * 4096
     code = f"""
-        import http.client, ssl
-        kind = http.client.{"HTTPSConnection" if scheme == "https" else "HTTPConnection"}
-        c = kind("web.test", timeout=30)
+        import http.client, sys
+        c = (http.client.HTTPSConnection if sys.argv[1] == "https" else http.client.HTTPConnection)("web.test", timeout=30)
         c.putrequest("POST", "/upload")
         c.putheader("Content-Length", "{size}")
         c.endheaders()
@@ -192,15 +190,16 @@ async def test_a_large_body_waits_with_its_client(make_box: MakeBox, internet: I
     """
     gc.collect()
     before = resident()
-    running = asyncio.create_task(python(box, code, timeout=60))
-    [question] = await questions(box)
-    await asyncio.sleep(1.5)  # longer than any of it takes to arrive
-    assert not running.done()
+    running = [asyncio.create_task(python(box, code, scheme, timeout=60)) for scheme in ("http", "https")]
+    found = await questions(box, 2)
+    await asyncio.sleep(1.0)  # longer than any of it takes to arrive
+    assert not any(task.done() for task in running)
     assert resident() - before < SPARE
     assert arrived(internet) == []
-    answer(box, question, Verdict.ALLOW)
-    told = json.loads(fine(await running))
-    assert told == {"bytes": size, "sha256": hashlib.sha256(piece * (size // len(piece))).hexdigest()}
+    expected = {"bytes": size, "sha256": hashlib.sha256(piece * (size // len(piece))).hexdigest()}
+    for question in found:
+        answer(box, question, Verdict.ALLOW)
+    assert [json.loads(fine(result)) for result in await asyncio.gather(*running)] == [expected, expected]
 
 
 async def test_a_server_that_ends_the_connection_meanwhile_is_dialled_again(
@@ -279,6 +278,25 @@ async def test_git_clones_and_fetches_unasked_and_pushes_when_somebody_says_so(
     assert told[0] == "hello from git.test"
     assert told[-1] == ("1" if verdict is Verdict.ALLOW else "0")
     assert ("refused" in told) is (verdict is Verdict.DENY)
+
+
+async def test_packages_are_installed_unasked(make_box: MakeBox, internet: Internet) -> None:
+    """npm asks for advisories by POST, on its way."""
+    needs("npm", "node")
+    box = await make_box(
+        policy=policy_of("allow: [{name: npm.test, intercept: true}, {name: pypi.test, intercept: true}]")
+    )
+    internet.clear()
+    npm = f"cd /tmp && npm install --audit --no-fund --registry https://npm.test/ {packages.NAME} && ls node_modules"
+    assert packages.NAME in fine(await shell(box, npm, timeout=60))
+    pip = (
+        f"python3 -m pip download -q --no-deps --no-cache-dir -i https://pypi.test/simple/ -d /tmp/got {packages.NAME}"
+    )
+    got = await shell(box, f"{pip} && ls /tmp/got", timeout=60)
+    assert "No module named pip" in got.stderr.decode() or packages.NAME.replace("-", "_") in got.text
+    assert any(each.startswith("POST /-/npm/v1/security/") for each in arrived(internet, "npm.test"))
+    assert not refusals(box, Kind.HTTP_REQUEST)
+    assert not [each for each in box.core.supervision.recent.all() if each.decider == "approvals"]
 
 
 async def test_what_the_policy_names_is_asked_of_nobody_and_deny_lets_nothing_else_through(

@@ -700,6 +700,8 @@ _GIT = b"Content-Type: application/x-git-upload-pack-request\r\nContent-Length: 
         (b"POST /x.git/git-upload-pack", _GIT + b"Content-Type: application/json\r\n", Meaning.METHOD),
         (b"POST /x.git/git-upload-pack", _GIT + b"X-HTTP-Method-Override: DELETE\r\n", Meaning.OVERRIDDEN),
         (b"POST /x.git/git-receive-pack", _GIT, Meaning.METHOD),
+        (b"POST /-/npm/v1/security/advisories/bulk", b"Content-Length: 0\r\n", Meaning.FETCH),
+        (b"POST /-/npm/v1/security/advisories/bulk?x", b"Content-Length: 0\r\n", Meaning.METHOD),
     ],
 )
 def test_what_a_request_is_for(line: bytes, fields: bytes, meaning: Meaning) -> None:

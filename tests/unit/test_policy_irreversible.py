@@ -110,9 +110,13 @@ def test_what_an_action_says_of_itself(kind: Kind, subject: Subject, wanted: Rev
         ("POST", "/delete%3f/git-upload-pack", False),
         ("POST", "/x?/git-upload-pack", False),
         ("POST", "/x-git-upload-pack", False),
+        ("POST", "/-/npm/v1/security/advisories/bulk", True),
+        ("POST", "/x/-/npm/v1/security/advisories/bulk", False),
+        ("POST", "/-/npm/v1/security/advisories/bulk/", False),
+        ("PUT", "/-/npm/v1/security/audits/quick", False),
     ],
 )
-def test_where_git_reads(method: str, path: str, wanted: bool) -> None:
+def test_where_a_post_reads(method: str, path: str, wanted: bool) -> None:
     assert fetches(method, path) is wanted
 
 
@@ -238,11 +242,13 @@ network:
     - {name: b.example, intercept: true}
     - {name: c.example, port: 22, protocol: ssh}
     - {name: d.example, port: 80, protocol: http}
+    - {name: f.example, intercept: true, permit: [websocket]}
   ask: [{name: e.example, port: 25, protocol: tcp}]
 """
     assert unseen_rules(policy_of(text)) == [
         ("network.allow[0]", "tls"),
         ("network.allow[2]", "ssh"),
+        ("network.allow[4]", "websocket"),
         ("network.ask[0]", "tcp"),
     ]
     assert unseen_rules(replace(policy_of(text), irreversible=ALLOW)) == []

@@ -37,7 +37,7 @@ _CUT = "[...]"
 
 _MEANINGS = {
     Meaning.METHOD: "",
-    Meaning.FETCH: " (git reads)",
+    Meaning.FETCH: " (a POST that reads)",
     Meaning.OVERRIDDEN: " (which names another method or path for the server)",
     Meaning.BODY: " (with a body)",
 }

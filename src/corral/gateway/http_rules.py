@@ -10,7 +10,7 @@ from corral.actions import Meaning
 from corral.gateway.credentials import Secret, inject
 from corral.gateway.handshakes import is_mining_in_http, tunnel_in_http
 from corral.gateway.http_heads import Fields, HttpError, RequestHead, ResponseHead
-from corral.policy.irreversible import fetches
+from corral.policy.irreversible import UPLOAD_PACK, fetches
 from corral.policy.model import Permit
 
 _UPGRADES = {"websocket": Permit.WEBSOCKET, "h2c": Permit.H2C}
@@ -92,7 +92,8 @@ def meaning_of(head: RequestHead, *, judged: bool) -> Meaning:
             return Meaning.BODY
     if b"?" not in head.target and fetches(head.method, head.path):
         types = [value for name, value in head.fields if name.lower() == b"content-type"]
-        return Meaning.FETCH if types == [_FETCH_TYPE] else Meaning.METHOD
+        if types == [_FETCH_TYPE] or not head.path.endswith(UPLOAD_PACK):
+            return Meaning.FETCH
     return Meaning.METHOD
 
 

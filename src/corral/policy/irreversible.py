@@ -25,14 +25,23 @@ UNSEEN = (
     "Within TLS that is passed through nobody sees whether something is changed outside: the rule for this place "
     "must say `intercept: true`, or `protocol: tls`."
 )
-_UPLOAD_PACK = "/git-upload-pack"
+UPLOAD_PACK = "/git-upload-pack"
+_UNCLEAR = frozenset("%;?")
+_ADVISORIES = frozenset(
+    ("/-/npm/v1/security/advisories/bulk", "/-/npm/v1/security/audits", "/-/npm/v1/security/audits/quick")
+)
+"""Whole paths: no site but a registry of npm has them."""
+_TUNNELS = frozenset((Permit.CONNECT, Permit.H2C, Permit.STARTTLS, Permit.UPGRADE, Permit.WEBSOCKET))
+"""What begins where it can be seen, and goes on unseen."""
 _CONNECT = RequestRule(("CONNECT",))
 
 
 def fetches(method: str, path: str) -> bool:
-    """Whether this is where git sends what it wants to read, by method and path; both as they were written."""
-    plain = "%" not in path and ";" not in path and "?" not in path
-    return method == "POST" and plain and path.endswith(_UPLOAD_PACK)
+    """Whether this is a POST by which a tool reads, as far as method and path say it, both as they were written: where
+    git sends what it wants to have (gitprotocol-http(5)), and where `npm install` asks for known faults of packages."""
+    if method != "POST":
+        return False
+    return path in _ADVISORIES or (path.endswith(UPLOAD_PACK) and not _UNCLEAR.intersection(path))
 
 
 class NamedWrites:
@@ -78,14 +87,17 @@ def unseen_rules(policy: Policy) -> list[tuple[str, str]]:
         return []
     network = policy.network
     return [
-        (f"network.{field}[{index}]", rule.protocol or "tls")
+        (f"network.{field}[{index}]", unseen)
         for field, rules in (("allow", network.allow), ("ask", network.ask))
         for index, rule in enumerate(rules)
-        if not _is_seen(rule)
+        if (unseen := ", ".join(_unseen(rule)))
     ]
 
 
-def _is_seen(rule: NetworkRule) -> bool:
-    if rule.protocol in (None, "tls"):
-        return rule.intercept or bool(rule.requests) or rule.credential is not None
-    return rule.protocol in ("http", "udp")
+def _unseen(rule: NetworkRule) -> Iterator[str]:
+    intercepted = rule.intercept or rule.requests or rule.credential
+    if rule.protocol not in (None, "tls", "http", "udp"):
+        yield rule.protocol
+    elif rule.protocol in (None, "tls") and not intercepted:
+        yield "tls"
+    yield from (permit.value for permit in rule.permit if permit in _TUNNELS)
