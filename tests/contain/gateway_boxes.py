@@ -17,11 +17,13 @@ PYTHON = "/usr/bin/python3"
 PATIENCE = 20.0
 
 
-def policy_of(text: str, **network: object) -> Policy:
-    """A policy whose network section is ``text``, with the little internet's resolver."""
+def policy_of(text: str, *, irreversible: str = "ask", **network: object) -> Policy:
+    """A policy whose network section is ``text``, with the little internet's resolver. With ``irreversible: allow`` the
+    test is about what comes behind the question whether something may be written."""
     body = textwrap.indent(textwrap.dedent(text).strip(), "  ")
     extra = "".join(f"  {name}: {value}\n" for name, value in network.items())
-    return parse_policy(f"network:\n{body}\n  resolvers: [203.0.113.53]\n{extra}", source="test.yaml")
+    whole = f"network:\n{body}\n  resolvers: [203.0.113.53]\n{extra}irreversible: {irreversible}\n"
+    return parse_policy(whole, source="test.yaml")
 
 
 class Accounts:

@@ -101,7 +101,7 @@ def without_chunks(head: bytes) -> bytes:
 
 async def test_smuggled_requests(make_box: MakeBox, internet: Internet) -> None:
     """A11: the server of the little internet takes anything, so what gets there shows. Both ways: at once, by bytes."""
-    box = await make_box(policy=policy_of("allow: [web.test:80]"))
+    box = await make_box(policy=policy_of("allow: [web.test:80]", irreversible="allow"))
     internet.clear()
     code = r"""
 import concurrent.futures
@@ -134,7 +134,7 @@ with concurrent.futures.ThreadPoolExecutor(24) as pool:
 
 async def test_the_host_changes_on_a_connection_that_is_kept(make_box: MakeBox, internet: Internet) -> None:
     """A11: by pipelining, after an answer, and after a request with a body."""
-    box = await make_box(policy=policy_of("allow: [web.test:80]"))
+    box = await make_box(policy=policy_of("allow: [web.test:80]", irreversible="allow"))
     internet.clear()
     code = r"""
 good = b"GET /echo HTTP/1.1\r\nHost: web.test\r\n\r\n"

@@ -405,7 +405,7 @@ async def test_streams_both_ways_at_once_as_grpc_has_them(
 @pytest.mark.parametrize("scheme", ["http", "https"])
 async def test_a_large_download_and_a_large_upload(make_box: MakeBox, internet: Internet, ca: str, scheme: str) -> None:
     """Both at once; every byte counts. The controller does not grow with them."""
-    box = await make_box(policy=policy_of("allow: [http1.test]"))
+    box = await make_box(policy=policy_of("allow: [http1.test]", irreversible="allow"))
     source = f"head -c {MUCH} /dev/zero | tr '\\0' x"
     curl = f"curl -sS -m 60 --cacert {ca}"
     before = resident()
@@ -695,7 +695,9 @@ async def test_a_connection_on_which_nothing_moves_is_cut(make_box: MakeBox, int
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 async def test_more_than_its_bytes_ends_a_flow(make_box: MakeBox, internet: Internet, ca: str, scheme: str) -> None:
-    box = await make_box(policy=policy_of("allow: [{name: web.test, limits: {up: 100kB, down: 200kB}}]"))
+    box = await make_box(
+        policy=policy_of("allow: [{name: web.test, limits: {up: 100kB, down: 200kB}}]", irreversible="allow")
+    )
     curl = f"curl -sS -m 9 --cacert {ca}"
     internet.clear()
     up, down, both = await asyncio.gather(

@@ -417,7 +417,7 @@ async def test_what_two_servers_could_read_differently_is_refused(make_box: Make
 
 
 async def test_heads_and_bodies_have_bounds(make_box: MakeBox, internet: Internet) -> None:
-    rule = "{name: http1.test, intercept: true, limits: {header: 4KiB, body: 10kB}}"
+    rule = "{name: http1.test, requests: [GET, POST /upload], limits: {header: 4KiB, body: 10kB}}"
     box = await make_box(policy=policy_of(f"allow: [{rule}]"))
     internet.clear()
     many = [f"x-{number}: y" for number in range(101)]
@@ -629,7 +629,7 @@ async def test_a_body_without_end_is_not_kept(make_box: MakeBox, internet: Inter
 
 
 async def test_much_both_ways_is_whole(make_box: MakeBox, internet: Internet) -> None:
-    box = await make_box(policy=policy_of("allow: [{name: http1.test, intercept: true}]"))
+    box = await make_box(policy=policy_of("allow: [{name: http1.test, requests: [GET, PUT /upload]}]"))
     count, began = 30_000_000, time.monotonic()
     expected = fine(await shell(box, f"head -c {count} /dev/zero | tr '\\0' x | sha256sum")).split()[0]
     down, up = await asyncio.gather(

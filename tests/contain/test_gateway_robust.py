@@ -420,7 +420,8 @@ async def test_malformed_queries(make_box: MakeBox, internet: Internet) -> None:
 
 async def test_malformed_hellos_and_requests(make_box: MakeBox, internet: Internet) -> None:
     """None gets through, none stops anything: what arrives is whole and for the name that was decided on."""
-    box, other = await make_box(policy=policy_of(WEB)), await make_box(policy=policy_of(WEB))
+    policy = policy_of(WEB, irreversible="allow")
+    box, other = await make_box(policy=policy), await make_box(policy=policy)
     internet.clear()
     tls = hello((16, b"\0\3\2h2"), name=b"web.test")
     request = b"POST /echo HTTP/1.1\r\nHost: web.test\r\nContent-Length: 3\r\nX: y\r\n\r\nabc"
@@ -515,7 +516,8 @@ async def test_a_client_that_never_reads_and_a_server_that_never_stops(make_box:
 
     talker, sleeper = make_peer(endless), make_peer(deaf)
     rules = talker.rule()[:-1] + ", " + sleeper.rule()[8:-1] + ", {name: web.test, port: 80}]"
-    box, other = await make_box(policy=policy_of(rules)), await make_box(policy=policy_of(WEB))
+    policy = policy_of(rules, irreversible="allow")
+    box, other = await make_box(policy=policy), await make_box(policy=policy_of(WEB))
     await serves(box)
     before = resident()
     client = """
