@@ -179,7 +179,8 @@ async def test_a_large_body_waits_with_its_client(make_box: MakeBox, internet: I
     size, piece = 64 << 20, bytes(range(256)) * 4096
     code = f"""
         import http.client, sys
-        c = (http.client.HTTPSConnection if sys.argv[1] == "https" else http.client.HTTPConnection)("web.test", timeout=30)
+        kinds = {{"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}}
+        c = kinds[sys.argv[1]]("web.test", timeout=30)
         c.putrequest("POST", "/upload")
         c.putheader("Content-Length", "{size}")
         c.endheaders()
@@ -283,17 +284,10 @@ async def test_git_clones_and_fetches_unasked_and_pushes_when_somebody_says_so(
 async def test_packages_are_installed_unasked(make_box: MakeBox, internet: Internet) -> None:
     """npm asks for advisories by POST, on its way."""
     needs("npm", "node")
-    box = await make_box(
-        policy=policy_of("allow: [{name: npm.test, intercept: true}, {name: pypi.test, intercept: true}]")
-    )
+    box = await make_box(policy=policy_of("allow: [{name: npm.test, intercept: true}]"))
     internet.clear()
     npm = f"cd /tmp && npm install --audit --no-fund --registry https://npm.test/ {packages.NAME} && ls node_modules"
     assert packages.NAME in fine(await shell(box, npm, timeout=60))
-    pip = (
-        f"python3 -m pip download -q --no-deps --no-cache-dir -i https://pypi.test/simple/ -d /tmp/got {packages.NAME}"
-    )
-    got = await shell(box, f"{pip} && ls /tmp/got", timeout=60)
-    assert "No module named pip" in got.stderr.decode() or packages.NAME.replace("-", "_") in got.text
     assert any(each.startswith("POST /-/npm/v1/security/") for each in arrived(internet, "npm.test"))
     assert not refusals(box, Kind.HTTP_REQUEST)
     assert not [each for each in box.core.supervision.recent.all() if each.decider == "approvals"]
