@@ -25,6 +25,7 @@ from corral.actions import (
     File,
     KernelCall,
     Kind,
+    Meaning,
     Opinion,
     Origin,
     Process,
@@ -566,6 +567,27 @@ def test_many_threads_ask_answer_withdraw_and_run_out_of_time(make: Make, hooks:
     assert sum(len(one.answers) for one in told) >= 4 * 300 * 4 // 5
 
 
+def test_a_request_that_names_another_method_is_like_nothing(make: Make) -> None:
+    """Which one, and so what a later one would do, is not compared."""
+    queue, told = make(), Told()
+    asked = Request(Endpoint(Transport.TCP, "192.0.2.1", 80), "GET", "/a", Meaning.OVERRIDDEN)
+    queue.ask(Action(Kind.HTTP_REQUEST, asked, Origin("sandbox", "session")), OPINION, told)
+    with pytest.raises(RequestError, match="once only"):
+        queue.answer(1, Verdict.ALLOW, "anna", scope=Scope.SESSION)
+    queue.answer(1, Verdict.ALLOW, "anna")
+    assert [answer.verdict for answer in told.answers] == [Verdict.ALLOW]
+
+
+def test_what_is_held_says_whether_it_can_be_taken_back(make: Make) -> None:
+    queue = make()
+    asked = Request(Endpoint(Transport.TCP, "192.0.2.1", 80), "POST", "/a")
+    for kind, subject in ((Kind.HTTP_REQUEST, asked), (Kind.FILE_OPEN, File("/a", Access.WRITE))):
+        queue.ask(Action(kind, subject, Origin("sandbox", "session")), OPINION, Told())
+    page = waiting.page("sandbox", queue, {"after": 0})["waiting"]
+    assert [each["reversible"] for each in page] == ["no", "until-applied"]
+    assert [waiting.read_waiting(each).reversible for each in page] == ["no", "until-applied"]
+
+
 # ---- what is shown ----
 
 
@@ -600,6 +622,10 @@ PROCESS = Process(
         (File("/a", Access.WRITE, "/b"), "write /a -> /b"),
         (KernelCall("mount", 1, "no"), ""),
         (Request(Endpoint(Transport.TCP, "192.0.2.1", 80), "GET", "/a b"), "GET at 192.0.2.1:80 (tcp): '/a b'"),
+        (
+            Request(Endpoint(Transport.TCP, "192.0.2.1", 80), "GET", "/a", Meaning.OVERRIDDEN),
+            "GET (which names another method or path for the server) at 192.0.2.1:80 (tcp): /a",
+        ),
         (Query("warehouse", "select", ("t", "u v")), "select of warehouse: t 'u v'"),
         (Verb(("a", "b c")), "a 'b c'"),
     ],

@@ -133,6 +133,7 @@ def test_details_say_why_and_who() -> None:
     (item,) = Timeline(Shelf(written([event])), "session-1")
     details = {detail.name: detail.text for detail in item.details}
     assert details["rule"] == "process.deny[1]" and details["decided by"] == "behaviour"
+    assert details["reversible"] == "yes"
     assert details["process"] == "/bin/sh (pid 10, inside 2)" and details["arguments"] == "/bin/ls -l"
     assert "neither" in details["private"] and details["record"] == "0; 1 of its session"
 

@@ -66,7 +66,7 @@ def check(paths: Sequence[str], *, as_json: bool) -> int:
             if row["hash"]:
                 print(f"{printable(str(row['file']))}: {row['hash']}\n  {row['summary']}")
             if row["unseen"]:
-                print(f"  writes are not seen, and not asked for, under {', '.join(row['unseen'])}")
+                print(f"  nobody is asked about writes that are not seen: under {', '.join(row['unseen'])}")
             for problem in row["problems"] or ():
                 complain(problem)
     return PolicyError.exit_code if any(row["problems"] for row in rows) else 0

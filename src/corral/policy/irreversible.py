@@ -90,14 +90,15 @@ def unseen_rules(policy: Policy) -> list[tuple[str, str]]:
         (f"network.{field}[{index}]", unseen)
         for field, rules in (("allow", network.allow), ("ask", network.ask))
         for index, rule in enumerate(rules)
-        if (unseen := ", ".join(_unseen(rule)))
+        if (unseen := ", ".join(_unseen(rule, refused=policy.irreversible is Verdict.DENY)))
     ]
 
 
-def _unseen(rule: NetworkRule) -> Iterator[str]:
+def _unseen(rule: NetworkRule, *, refused: bool) -> Iterator[str]:
+    """``refused``: TLS that no rule names is not passed through at all."""
     intercepted = rule.intercept or rule.requests or rule.credential
     if rule.protocol not in (None, "tls", "http", "udp"):
         yield rule.protocol
-    elif rule.protocol in (None, "tls") and not intercepted:
+    elif not intercepted and (rule.protocol == "tls" or (rule.protocol is None and not refused)):
         yield "tls"
     yield from (permit.value for permit in rule.permit if permit in _TUNNELS)
