@@ -186,6 +186,7 @@ def test_what_is_inside_is_no_network_write() -> None:
     assert judged(Policy(irreversible=DENY), (Kind.HTTP_REQUEST, inside)) is ALLOW
     host = replace(inside, endpoint=replace(inside.endpoint, protected=True))
     policy = policy_of("network: {allow: ['127.0.0.1:80']}")
+    assert judged(policy, (Kind.HTTP_REQUEST, inside)) is ALLOW
     assert judged(policy, (Kind.HTTP_REQUEST, host)) is ASK, "that is the host's loopback"
 
 
