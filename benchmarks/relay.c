@@ -2,8 +2,8 @@
  *
  *     relay PORT      prints its own port, and carries what comes there to PORT of this machine and back
  *
- * One thread, and splice(2) between two sockets, as the gateway has it. It is what the gateway is compared with where
- * the question is what is due to its work, and what to the two connections that any way through a third party is.
+ * One thread, and splice(2) between two sockets. It is what the gateway is compared with where the question is what is
+ * due to its work, and what to the two connections that any way through a third party is.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>

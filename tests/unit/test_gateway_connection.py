@@ -18,7 +18,7 @@ from corral.gateway import connection as connecting
 from corral.gateway.connection import AT_ONCE, Connection, Stage
 from corral.gateway.egress import Egress, Setting
 from corral.gateway.recognise import MAX_FIRST, recognise
-from corral.gateway.relay import Pipes, reset
+from corral.gateway.relay import make_buffer, reset
 from corral.gateway.resolver import Resolved
 from corral.policy.model import FlowLimits, Network, NetworkRule, Permit, Policy
 from tests.unit.gateway_bench import Bench, everything, pair
@@ -121,8 +121,7 @@ class Rig:
                 accounts=(self,),
             )
         )
-        self.pipes = Pipes()
-        self.egress.start(self.bench.loop, self.lookup, self.pipes)  # type: ignore[arg-type]
+        self.egress.start(self.bench.loop, self.lookup, make_buffer())  # type: ignore[arg-type]
         self.server: socket.socket | None = None
         self.client, inside = pair()
         self.connection = Connection(self.egress, inside, LOCAL, to)
@@ -214,7 +213,6 @@ class Rig:
         self.client.close()
         if self.server is not None:
             self.server.close()
-        self.pipes.close()
         self.bench.bare.close()
 
 

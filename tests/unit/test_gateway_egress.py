@@ -16,7 +16,7 @@ from corral.actions import Action, Attempt, Decision, Endpoint, Kind, Opinion, O
 from corral.gateway import egress as ways_out
 from corral.gateway.egress import Egress, Setting
 from corral.gateway.queries import AT_ONCE
-from corral.gateway.relay import Pipes
+from corral.gateway.relay import make_buffer
 from corral.gateway.resolver import Resolved
 from corral.gateway.sockets import IP_PKTINFO, place_of
 from corral.gateway.tunnelling import AGAIN_BUDGET
@@ -77,7 +77,7 @@ class Rig:
                 accounts=(),
             )
         )
-        self.egress.start(self.bench.loop, self.lookup, Pipes())  # type: ignore[arg-type]
+        self.egress.start(self.bench.loop, self.lookup, make_buffer())  # type: ignore[arg-type]
 
     def resolve(self, name: str) -> Resolved:
         found: list[Resolved] = []

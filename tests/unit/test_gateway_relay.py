@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import socket
 
 import pytest
 
-from corral.gateway.relay import Pipes, Relay
+from corral.gateway.relay import SMALL, Relay, make_buffer
 from corral.gateway.rules import SPENT, Budget
 from tests.unit.gateway_bench import Bench, everything, pair
 
@@ -20,10 +21,9 @@ class Line:
         self.client, self.inside = pair()
         self.outside, self.server = pair()
         self.ends: list[tuple[str, bool]] = []
-        self.pipes = Pipes()
         self.relay = Relay(
             bench.loop,
-            self.pipes,
+            make_buffer(),
             self.inside,
             self.outside,
             lambda why, broken: self.ends.append((why, broken)),
@@ -34,7 +34,6 @@ class Line:
     def close(self) -> None:
         for sock in (self.client, self.inside, self.outside, self.server):
             sock.close()
-        self.pipes.close()
 
 
 class Words:
@@ -159,20 +158,73 @@ def test_a_look_that_has_seen_enough_lets_the_kernel_carry_the_rest() -> None:
     line.close()
 
 
-def test_no_pipe_is_kept_while_nothing_moves() -> None:
+def test_a_relay_has_no_descriptors_of_its_own_and_keeps_next_to_nothing_for_a_slow_reader() -> None:
     bench = Bench()
     gc.collect()  # what other tests have left
     before = len(os.listdir("/proc/self/fd"))
-    lines = [Line(bench) for _ in range(10)]
-    for line in lines:
-        line.client.sendall(b"x")
-    for line in lines:
-        assert bench.read(line.server, 1) == b"x"
-    assert len(os.listdir("/proc/self/fd")) - before <= 10 * 6  # four sockets and one empty pipe, at most
-    for line in lines:
-        assert line.relay._ways[0]._pipe is None
-        line.close()
+    line = Line(bench)
+    sent = 0
+    for _ in range(50):
+        bench.rounds(0.01)
+        try:
+            sent += line.server.send(bytes(1 << 22))
+        except BlockingIOError:
+            break
+    way = line.relay._ways[1]
+    assert sent > 1 << 20
+    assert way._large
+    assert len(way._first) <= SMALL
+    assert len(os.listdir("/proc/self/fd")) - before == 4
+    assert len(bench.read(line.client, sent)) == sent
+    assert line.relay.counts == (0, sent)
+    line.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_large_stream_counts_once_however_often_its_reader_stops(over: bool) -> None:
+    bench = Bench()
+    data = os.urandom(6_000_000)
+    budget = Budget(len(data) - over)
+    line = Line(bench, budgets=(None, budget), limits=(None, None if over else len(data)))
+    left, got = memoryview(data), b""
+    while len(got) < len(data) and not line.ends:
+        with contextlib.suppress(BlockingIOError):
+            left = left[line.server.send(left) :] if left else left
+        bench.rounds(0.001)
+        with contextlib.suppress(BlockingIOError):
+            got += line.client.recv(100_000)
+    if over:
+        bench.until(lambda: line.ends)
+        assert line.ends == [(SPENT, True)]
+        assert data.startswith(got + everything(line.client))
+    else:
+        assert got == data
+        assert not line.ends
+        line.server.sendall(b"x")
+        bench.until(lambda: line.ends)
+        assert line.ends == [(f"more than its {len(data)} bytes", True)]
+        assert everything(line.client) == b""
+    line.close()
+
+
+def test_urgent_bytes_do_not_confuse_what_was_sent_and_what_is_let_go_of() -> None:
+    bench = Bench()
+    line = Line(bench)
+    sent, got = b"", b""
+    for number in range(40):
+        piece = bytes([number + 100]) * 200_000
+        with contextlib.suppress(BlockingIOError):
+            sent += piece[: line.server.send(piece)]
+        with contextlib.suppress(BlockingIOError):
+            line.server.send(b"!", socket.MSG_OOB)  # TCP has one at a time; those before become part of the stream
+        bench.rounds(0.001)
+    for _ in range(100):
+        bench.rounds(0.001)
+        got += everything(line.client)
+    assert line.relay._ways[1]._unsent == 0
+    assert got.replace(b"!", b"") == sent
+    line.close()
 
 
 def test_flows_of_one_rule_share_what_it_has_for_the_session() -> None:

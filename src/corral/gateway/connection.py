@@ -348,7 +348,7 @@ class Connection:
         self.stage = Stage.RELAYING
         self._relay = Relay(
             self.egress.loop,
-            self.egress.pipes,
+            self.egress.buffer,
             self.socket,
             sock,
             self._relayed,

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from corral.gateway.connection import Connection
     from corral.gateway.credentials import Secret
     from corral.gateway.queries import Queries
-    from corral.gateway.relay import Pipes
     from corral.gateway.resolver import Resolver
     from corral.monitor.parts import Held
 
@@ -68,7 +67,8 @@ class Egress:
 
     loop: Guarded
     resolver: Resolver
-    pipes: Pipes
+    buffer: memoryview
+    """What all relays of the thread use."""
     queries: Queries
 
     def __init__(self, setting: Setting) -> None:
@@ -96,11 +96,11 @@ class Egress:
 
     # ---- the gateway's ----
 
-    def start(self, loop: Guarded, resolver: Resolver, pipes: Pipes) -> None:
+    def start(self, loop: Guarded, resolver: Resolver, buffer: memoryview) -> None:
         """In the gateway's thread."""
         from corral.gateway.queries import Queries  # dnspython, long to load: by now the walls are being built
 
-        self.loop, self.resolver, self.pipes = loop, resolver, pipes
+        self.loop, self.resolver, self.buffer = loop, resolver, buffer
         self.queries = Queries(self)
         self._thread = threading.get_ident()
 

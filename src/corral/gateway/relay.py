@@ -1,10 +1,14 @@
-"""Carries bytes both ways between two connections, without looking at them, in the kernel (splice(2)).
+"""Carries bytes both ways between two connections, without looking at them where nobody has to.
 
-A relay holds at most one pipe a direction, and only while bytes are in it; a reader that is slow holds up the writer
-and nobody else. The end of one direction is passed on (half-close), and so is a reset.
+A relay owns no memory but for the little that a slow reader did not take: a stream that comes in large pieces is copied
+into a buffer that all relays share, sent on from there, and let go of in the kernel only as far as it was sent
+(recv(2), MSG_PEEK and MSG_TRUNC of tcp(7)). Copied, as that is a quarter faster than splice(2), which costs both ends
+more than it saves the middle. A reader that is slow holds up the writer and nobody else. The end of one direction is
+passed on (half-close), and so is a reset.
 
-What was decided on is never carried by splice: pages that an agent has sent by sendfile(2) or vmsplice(2) are still its
-own, and can change until they are copied. The first bytes were read, and come as ``first``.
+What somebody looks at is copied once, looked at, and sent from that copy: pages that an agent has sent by sendfile(2)
+or vmsplice(2) are still its own, and can change until they are copied. The first bytes were read, and come as
+``first``.
 """
 
 from __future__ import annotations
@@ -15,22 +19,26 @@ import struct
 from collections.abc import Callable
 from contextlib import suppress
 from errno import EAGAIN
-from fcntl import F_SETPIPE_SZ, fcntl
 from typing import Protocol
 
 from corral.gateway.rules import SPENT, Budget, Budgets
 from corral.guarded import Guarded
 
-CHUNK = 1 << 19
+CHUNK = 1 << 20
 """Bytes that are moved in one go."""
 LITTLE = 1 << 14
 """Where no more than that was there, nothing is left for now: to try again would only say so."""
-ROUNDS = 4
+SMALL = 1 << 16
+"""Bytes that are taken out of the kernel before they are passed on, and kept where they are not taken; where so many
+were there at once, more are only copied."""
+ROUNDS = 3
 """How often in a row before others have their turn."""
-MAX_POOLED = 32
-"""Empty pipes that are kept for the next."""
-_FLAGS = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
 _RESET = struct.pack("ii", 1, 0)
+
+
+def make_buffer() -> memoryview:
+    """What all relays of one thread share."""
+    return memoryview(bytearray(CHUNK))
 
 
 class Look(Protocol):
@@ -38,7 +46,7 @@ class Look(Protocol):
 
     @property
     def done(self) -> bool:
-        """Whether it has seen enough: the rest is carried by the kernel."""
+        """Whether it has seen enough."""
 
     def feed(self, data: bytes) -> str:
         """Returns why this is not passed on, or ``""``."""
@@ -51,47 +59,18 @@ def reset(sock: socket.socket) -> None:
     sock.close()
 
 
-class Pipes:
-    """Empty pipes."""
-
-    def __init__(self) -> None:
-        self._free: list[tuple[int, int]] = []
-
-    def take(self) -> tuple[int, int]:
-        """A pipe's ends. Raises OSError (EMFILE)."""
-        if self._free:
-            return self._free.pop()
-        ends = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        with suppress(OSError):  # over the user's quota (pipe(7)): it is smaller
-            fcntl(ends[1], F_SETPIPE_SZ, CHUNK)
-        return ends
-
-    def give(self, pipe: tuple[int, int], *, empty: bool) -> None:
-        """Back for the next; one that is not empty is closed."""
-        if empty and len(self._free) < MAX_POOLED:
-            self._free.append(pipe)
-        else:
-            for end in pipe:
-                os.close(end)
-
-    def close(self) -> None:
-        while self._free:
-            for end in self._free.pop():
-                os.close(end)
-
-
 class _Way:
     """One direction."""
 
     __slots__ = (
         "_budget",
         "_first",
-        "_held",
+        "_large",
         "_look",
-        "_pipe",
         "_relay",
         "_source",
         "_target",
+        "_unsent",
         "count",
         "ended",
         "limit",
@@ -109,9 +88,11 @@ class _Way:
     ) -> None:
         self._relay, self._source, self._target = relay, source, target
         self._first = memoryview(first)
-        self._pipe: tuple[int, int] | None = None
-        self._held = 0
-        """Bytes in the pipe."""
+        """Bytes that were read and admitted, and are to be sent before anything else is read."""
+        self._large = False
+        """Whether it comes in large pieces."""
+        self._unsent = 0
+        """Bytes still in the kernel that were admitted already, and not taken by the target."""
         self._look, self._budget = look, budget
         self.limit = limit
         self.count = 0
@@ -131,11 +112,10 @@ class _Way:
     def _readable(self) -> None:
         self._relay.touched = True
         for _ in range(ROUNDS):
-            room = CHUNK if self.limit is None else min(CHUNK, self.limit - self.count + 1)
             try:
-                got = self._read(room)
+                got = self._copy() if self._large else self._read()
             except BlockingIOError:
-                break
+                return
             except OSError as error:
                 self._relay.end(_named(error, "the connection broke"), broken=True)
                 return
@@ -144,30 +124,54 @@ class _Way:
             if got == 0:
                 self._finish()
                 return
-            if not self._admit(got):
-                return
-            if not self._flush():
+            if self._first or self._unsent:
                 self._wait()
                 return
             if got <= LITTLE:
-                break
-        self._give_back()
+                return
 
-    def _read(self, room: int) -> int:
+    def _room(self, most: int) -> int:
+        """How much to read at once: where there is a limit, a byte beyond it, which shows that there is more."""
+        return most if self.limit is None else min(most, self.limit - self.count + self._unsent + 1)
+
+    def _read(self) -> int:
+        """Takes what is there out of the kernel and passes it on. Returns how much there was. Raises OSError."""
+        room = self._room(SMALL)
         if self._look is None:
-            if self._pipe is None:
-                self._pipe = self._relay.pipes.take()
-            got = os.splice(self._source.fileno(), self._pipe[1], room, flags=_FLAGS)
-            self._held += got
-            return got
-        data = self._source.recv(min(room, 1 << 16))
-        problem = self._look.feed(data) if data else ""
-        if problem:
-            self._relay.end(problem, broken=True)
-        elif self._look.done:
-            self._look = None
-        self._first = memoryview(data)
-        return len(data)
+            got = self._source.recv_into(self._relay.buffer, room)
+            data = self._relay.buffer[:got]
+        else:
+            looked_at = self._source.recv(room)
+            data, got = memoryview(looked_at), len(looked_at)
+            problem = self._look.feed(looked_at) if looked_at else ""
+            if problem:
+                self._relay.end(problem, broken=True)
+            elif self._look.done:
+                self._look = None
+        if got and not self._relay.ended and self._admit(got):
+            left = data[self._send(data) :]
+            if left:
+                self._first = left if self._look is not None else memoryview(bytes(left))  # others use the buffer too
+            self._large = got == SMALL and self._look is None
+        return got
+
+    def _copy(self) -> int:
+        """Passes on what is there, and takes out of the kernel what was taken. Returns and raises the same."""
+        buffer = self._relay.buffer
+        got = self._source.recv_into(buffer, self._room(CHUNK), socket.MSG_PEEK)
+        if got > self._unsent:
+            if not self._admit(got - self._unsent):
+                return got
+            self._unsent = got
+        gone = self._send(buffer[:got]) if got else 0
+        self._unsent -= gone
+        while gone and not self._relay.ended:
+            dropped = self._source.recv_into(buffer, gone, socket.MSG_TRUNC)
+            if not dropped:
+                raise ConnectionError
+            gone -= dropped
+        self._large = got >= SMALL or self._unsent > 0
+        return got
 
     def _admit(self, got: int) -> bool:
         self.count += got
@@ -181,18 +185,23 @@ class _Way:
 
     # ---- out ----
 
-    def _flush(self) -> bool:
-        """Whether all is passed on. Ends the relay where it cannot be."""
+    def _send(self, data: memoryview) -> int:
+        """How much of it was taken. Ends the relay where nothing ever will be."""
         try:
-            while self._first:
-                self._first = self._first[self._target.send(self._first) :]
-            while self._held and self._pipe is not None:
-                self._held -= os.splice(self._pipe[0], self._target.fileno(), self._held, flags=_FLAGS)
+            return self._target.send(data)
         except BlockingIOError:
-            return False
+            return 0
         except OSError as error:
             self._relay.end(_named(error, "the other end is gone"), broken=True)
-            return False
+            return 0
+
+    def _flush(self) -> bool:
+        """Whether all that was read is passed on."""
+        while self._first:
+            sent = self._send(self._first)
+            if not sent:
+                return False
+            self._first = self._first[sent:]
         return not self._relay.ended
 
     def _wait(self) -> None:
@@ -205,25 +214,18 @@ class _Way:
         if self._flush():
             self._relay.loop.remove_writer(self._target.fileno())
             self._relay.loop.add_reader(self._source.fileno(), self._readable)
-            self._give_back()
+            if self._unsent:
+                self._readable()
 
     def _finish(self) -> None:
         """The source has said all that it had to say."""
         self.ended = True
         self._relay.loop.remove_reader(self._source.fileno())
-        self._give_back()
         if not self._relay.over():
             with suppress(OSError):  # it is gone: its own direction says so
                 self._target.shutdown(socket.SHUT_WR)
 
-    def _give_back(self) -> None:
-        if self._pipe is not None:
-            pipe, self._pipe = self._pipe, None
-            self._relay.pipes.give(pipe, empty=not self._held)
-            self._held = 0
-
     def close(self) -> None:
-        self._give_back()
         self._first = memoryview(b"")
 
 
@@ -234,12 +236,12 @@ def _named(error: OSError, otherwise: str) -> str:
 class Relay:
     """Both directions. Closes neither socket: ``on_end`` (why, whether it broke) is called once, for that."""
 
-    __slots__ = ("_on_end", "_ways", "ended", "loop", "pipes", "touched")
+    __slots__ = ("_on_end", "_ways", "buffer", "ended", "loop", "touched")
 
     def __init__(
         self,
         loop: Guarded,
-        pipes: Pipes,
+        buffer: memoryview,
         inside: socket.socket,
         outside: socket.socket,
         on_end: Callable[[str, bool], None],
@@ -250,8 +252,9 @@ class Relay:
         budgets: Budgets = (None, None),
     ) -> None:
         """``first`` was read of ``inside`` already; ``limits``, ``looks`` and ``budgets`` are those of the way up and
-        the way down, with what was read already counted but not looked at again."""
-        self.loop, self.pipes = loop, pipes
+        the way down, with what was read already counted but not looked at again. ``buffer`` is as
+        :func:`make_buffer` makes it."""
+        self.loop, self.buffer = loop, buffer
         self._on_end = on_end
         self.ended = False
         self.touched = True

@@ -19,8 +19,9 @@ from functools import partial
 
 from corral.actions import Attempt, Kind
 from corral.gateway.connection import Connection
+from corral.gateway.dial import AT_ONCE
 from corral.gateway.egress import MAX_FLOWS, Egress
-from corral.gateway.relay import Pipes, reset
+from corral.gateway.relay import make_buffer, reset
 from corral.gateway.resolver import Resolver, SystemLookup
 from corral.gateway.sockets import Place, original_destination, place_of
 from corral.guarded import Guarded
@@ -28,8 +29,8 @@ from corral.reactor import Loop
 
 LOOK_AFTER = 0.5
 """Seconds between two looks at who has waited for too long."""
-PER_FLOW = 6
-"""Descriptors of one connection at most: two sockets, and a pipe each way; while it is dialled, fewer."""
+PER_FLOW = 1 + AT_ONCE
+"""Descriptors of one connection at most: its own, and those of the addresses that are tried."""
 _RESERVED = 256
 """Descriptors that are left for everything else."""
 _FAILED = "its gateway failed"
@@ -118,7 +119,7 @@ class Gateway:
     def __init__(self) -> None:
         self.loop = Loop()
         self.loop.accept_posts()
-        self.pipes = Pipes()
+        self.buffer = make_buffer()
         self._doors: dict[Egress, _Doors] = {}
         self._resolvers: dict[tuple[str, ...], Resolver] = {}
         self._looks = self._failed = False
@@ -153,7 +154,7 @@ class Gateway:
         if doors is None:
             return
         loop = Guarded(self.loop, partial(self._fault, egress))
-        egress.start(loop, self._resolver(egress.setting.policy.network.resolvers), self.pipes)
+        egress.start(loop, self._resolver(egress.setting.policy.network.resolvers), self.buffer)
         doors.open()
         if not self._looks:
             self._look_after()
@@ -215,7 +216,6 @@ class Gateway:
     def abandon(self) -> None:
         """In a child of the process: what came with the fork is let go of, as the parent uses it."""
         self.loop.close()
-        self.pipes.close()
         for doors in self._doors.values():
             doors.abandon()
             for connection in doors.egress.flows:
