@@ -534,6 +534,16 @@ def test_an_answer_over_the_limit_is_cut() -> None:
     assert b"12345" not in client(commands)
 
 
+def test_an_answer_in_pieces_is_cut_where_it_exceeds_the_limit() -> None:
+    subject = proxy(limits=FlowLimits(body=10))
+    allow(subject)
+    assert client(subject.upstream_bytes(b"HTTP/1.1 200 OK\r\nContent-Length: 30\r\n\r\n")).endswith(b"\r\n\r\n")
+    assert subject.upstream_bytes(b"123456") == [ToClient(b"123456")]
+    assert not subject._upstream.data  # the middle of a body is not kept
+    commands = subject.upstream_bytes(b"abcdef")
+    assert closes(commands) and client(commands) == b""
+
+
 def test_a_large_file_may_be_asked_about_with_head() -> None:
     subject = proxy(limits=FlowLimits(body=10))
     allow(subject, GET.replace(b"GET", b"HEAD"))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from corral.gateway.authority import Authority
 from corral.gateway.relay import reset
-from corral.gateway.streams import MANY, READ, SecureStream, Stream
+from corral.gateway.streams import MANY, MUCH, READ, RECORD, SecureStream, Stream
 from tests.unit.gateway_bench import Bench, everything, pair
 
 
@@ -24,9 +24,10 @@ class Told:
     def __init__(self) -> None:
         self.data = b""
         self.ends: list[str] = []
-        self.drained = self.ready = 0
+        self.calls = self.drained = self.ready = 0
 
     def on_bytes(self, data: bytes) -> None:
+        self.calls += 1
         self.data += data
 
     def on_drained(self) -> None:
@@ -392,6 +393,35 @@ def test_a_client_that_does_not_read_tls_holds_up_itself() -> None:
     assert line.secure.queued < MANY + 2 * READ
     assert line.read(sent) == b"x" * sent
     assert line.told.drained
+    line.close()
+
+
+def test_much_that_is_there_at_once_is_passed_on_at_once_and_goes_through_tls_in_pieces() -> None:
+    line = Secure()
+    line.secure.start()
+    line.shake()
+    line.secure.most = MUCH
+    pieces: list[int] = []
+    given: list[int] = []
+
+    class Counted:
+        """What TLS is given to read."""
+
+        def __init__(self, own: ssl.MemoryBIO) -> None:
+            self._own = own
+
+        def write(self, piece: bytes) -> int:
+            pieces.append(len(piece))
+            given.append(self._own.pending)
+            return self._own.write(piece)
+
+    line.secure._in = Counted(line.secure._in)  # type: ignore[assignment]
+    data = os.urandom(3 * MUCH // 4)
+    line.tls.write(data)
+    line.secure._received(line._out.read())
+    assert line.told.data == data and line.told.calls == 1
+    assert max(pieces) <= READ and max(given) <= RECORD + 256  # the part of a record that is not all there
+    assert not line.secure._coming
     line.close()
 
 

@@ -36,7 +36,7 @@ from corral.gateway.http import (
 )
 from corral.gateway.http_rules import permit_of
 from corral.gateway.rules import SPENT
-from corral.gateway.streams import MANY, SecureStream, Stream
+from corral.gateway.streams import MANY, MUCH, SecureStream, Stream
 
 if TYPE_CHECKING:
     from corral.gateway.connection import Connection
@@ -330,6 +330,7 @@ class Exchange:
                 name=self._host,
             )
             server.start()
+        self._server.most = MUCH
         early, self._early, self._early_bytes = self._early, [], 0
         for data in early:
             self._server.write(data)

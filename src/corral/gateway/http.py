@@ -28,8 +28,8 @@ Usage::
             case Close(): ...
 
 The caller reads from a side only while it wants bytes (``wants_client``, ``wants_upstream``) and its own queue to the
-other side is short, reads at most 64 KiB at once, and times phases out (``phase``: a head that does not come to its end
-is the slow-loris attack).
+other side is short, reads at most 64 KiB of the client at once, and times phases out (``phase``: a head that does not
+come to its end is the slow-loris attack).
 """
 
 from __future__ import annotations
@@ -175,9 +175,13 @@ class HttpProxy:
         if self._phase is Phase.TUNNEL:
             self._tunnel_down(data)
         elif self._phase is Phase.EXCHANGE:
-            self._upstream.data += data
-            self._read_answer()
-            self._advance()
+            exchange = self._exchange
+            if exchange is not None and self._is_middle(exchange, data):
+                self._pass_on(exchange, data)
+            else:
+                self._upstream.data += data
+                self._read_answer()
+                self._advance()
         elif data and self._phase is Phase.ASKED:
             self._hang_up()  # 408, say; whoever asks next must not get it
         elif data:
@@ -234,6 +238,8 @@ class HttpProxy:
     def _take(self) -> list[Command]:
         """The commands since last time, with neighbouring bytes for one side together."""
         commands, self._commands = self._commands, []
+        if len(commands) < 2:
+            return commands
         joined: list[Command] = []
         for kind, group in groupby(commands, type):
             if kind is ToUpstream or kind is ToClient:
@@ -478,13 +484,22 @@ class HttpProxy:
         data = self._upstream.take(exchange.left)
         if not data:
             return False
-        exchange.left -= len(data)
-        exchange.bytes_down += len(data)
-        check_body(exchange.bytes_down, self._limits.body, 502)
-        self._to_client(data)
+        check_body(exchange.bytes_down + len(data), self._limits.body, 502)
+        self._pass_on(exchange, data)
         if not exchange.left:
             self._finish(exchange)
         return True
+
+    def _is_middle(self, exchange: Exchange, data: bytes) -> bool:
+        """Whether this is nothing but a part of the body, and more is to come: most of a large answer is."""
+        limit = self._limits.body
+        allowed = limit is None or exchange.bytes_down + len(data) <= limit
+        return len(data) < exchange.left and not self._upstream.data and allowed
+
+    def _pass_on(self, exchange: Exchange, data: bytes) -> None:
+        exchange.left -= len(data)
+        exchange.bytes_down += len(data)
+        self._to_client(data)
 
     def _finish(self, exchange: Exchange) -> None:
         if exchange.up.trailing_data[0] or self._upstream.data:

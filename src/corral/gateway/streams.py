@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     import ssl
 
 READ = 1 << 16
-"""Bytes that are read at once."""
+"""Bytes that are read at once where nothing else is said, and that go through TLS at once: its own buffers grow to what
+they have held, and stay so."""
+MUCH = 1 << 18
+"""Bytes that are read at once of a side from which much may come."""
 RECORD = 1 << 14
 """Bytes of a record of TLS, at most (RFC 8446, section 5.1)."""
 MANY = 1 << 18
@@ -43,6 +46,8 @@ class Stream:
         self._out = bytearray()
         self._reading = self._writing = self._ended = self._shut = self._draining = False
         self.closed = False
+        self.most = READ
+        """Bytes that are read at once. May be changed at any time."""
         self.bytes_in = self.bytes_out = 0
 
     @property
@@ -92,7 +97,7 @@ class Stream:
 
     def _readable(self) -> None:
         try:
-            data = self.socket.recv(READ)
+            data = self.socket.recv(self.most)
         except BlockingIOError:
             return
         except OSError as error:
@@ -190,6 +195,8 @@ class SecureStream(Stream):
         self._announced = server_side
         """Whether the other end has said that it ends (RFC 8446, section 6.1). A server must, or what was cut off would
         look whole; clients seldom do, and nothing hangs on it."""
+        self._coming = memoryview(b"")
+        """What was read and not yet given to TLS; nothing but while that goes on."""
         self._plain = bytearray()
         """What was written before the handshake was done."""
         self._in.write(first)
@@ -209,12 +216,13 @@ class SecureStream(Stream):
         if not self.ready:
             self._plain += data
             return
+        whole = memoryview(data)
         try:
-            self.tls.write(data)
+            for at in range(0, len(data), READ):
+                self.tls.write(whole[at : at + READ])
+                self._send(self._within.read())
         except self._errors as error:
             self._fail(error)
-            return
-        self._send(self._within.read())
 
     def end(self) -> None:
         try:
@@ -226,8 +234,15 @@ class SecureStream(Stream):
         super().end()
 
     def _received(self, data: bytes) -> None:
-        self._in.write(data)
+        self._coming = memoryview(data)
         self._go_on()
+        self._coming = memoryview(b"")
+
+    def _feed(self) -> bool:
+        """Gives TLS more of what was read; whether there was any."""
+        piece, self._coming = self._coming[:READ], self._coming[READ:]
+        self._in.write(piece)
+        return bool(piece)
 
     def _finish(self, reason: str) -> None:
         if not self.ready and not reason:
@@ -237,16 +252,17 @@ class SecureStream(Stream):
         super()._finish(reason)
 
     def _go_on(self) -> None:
-        try:
-            if not self.ready:
+        while not self.ready:
+            try:
                 self.tls.do_handshake()
                 self._handshaken()
-        except self._more:
-            self._send(self._within.read())
-            return
-        except self._errors as error:
-            self._fail(error)
-            return
+            except self._more:
+                if not self._feed():
+                    self._send(self._within.read())
+                    return
+            except self._errors as error:
+                self._fail(error)
+                return
         while not self.closed and self._read_records():
             pass
         if not self.closed:
@@ -255,15 +271,15 @@ class SecureStream(Stream):
     def _read_records(self) -> bool:
         """Passes on what a few records hold, in one piece; returns whether there may be more."""
         parts: list[bytes] = []
-        room = READ
+        room = self.most
         ended, problem = False, None
-        try:
-            while room >= RECORD and not ended:
+        while room >= RECORD and not ended and problem is None:
+            try:
                 parts.append(self.tls.read(RECORD))
                 room -= len(parts[-1])
                 ended = not parts[-1]
-        except self._errors as error:
-            problem = error
+            except self._errors as error:
+                problem = None if isinstance(error, self._more) and self._feed() else error
         data = b"".join(parts)
         if data:
             self._on_bytes(data)
