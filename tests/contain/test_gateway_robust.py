@@ -307,6 +307,7 @@ async def test_no_sandbox_takes_all_that_the_process_can_hold(
 ) -> None:
     box, other = await make_box(policy=policy_of(WEB)), await make_box(policy=policy_of(WEB))
     monkeypatch.setattr(service.shared(), "_most", service._RESERVED + 40 * service.PER_FLOW)
+    monkeypatch.setattr(service.shared(), "_room", 0)
     client = await box.start_process([PYTHON, "-c", IDLE, "100"])
     assert json.loads(await client.stdout.readline())[0] >= 30
     await asyncio.sleep(0.3)

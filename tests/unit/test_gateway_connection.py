@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -820,6 +822,32 @@ def test_what_goes_wrong_at_the_end_leaves_no_socket(fault: str, monkeypatch: py
     assert not rig.listening()
     peer.close()
     rig.close()
+
+
+@pytest.mark.parametrize("dialled", [True, False])
+def test_what_is_over_is_gone_without_a_search_for_rings(dialled: bool) -> None:
+    """Else the collector of garbage has the gateway's thread look at all that the process has, again and again."""
+    rig = Rig()
+    if dialled:
+        rig.listen()
+    gc.collect()
+    gc.disable()
+    try:
+        rig.connection.begin()
+        rig.say(HELLO)
+        if dialled:
+            rig.accept().close()
+        rig.client.close()
+        rig.bench.until(lambda: rig.stage is Stage.OVER)
+        left = weakref.ref(rig.connection)
+        del rig.connection
+        rig.bench.rounds(0.01)
+        assert left() is None
+    finally:
+        gc.enable()
+        if rig.server is not None:
+            rig.server.close()
+        rig.bench.bare.close()
 
 
 def test_an_account_that_cannot_be_written_ends_the_sandbox() -> None:

@@ -32,7 +32,7 @@ class Outward:
         """``endpoint`` is the destination with what is spoken; ``address`` counts where it has no name. ``patience`` is
         in seconds, for all addresses together."""
         self._egress, self._attempt, self._address, self._patience = egress, attempt, address, patience
-        self._done = done
+        self._done: Done | None = done
         self.endpoint = endpoint
         """With the address that was tried last."""
         self.refused: Decision | None = None
@@ -52,18 +52,19 @@ class Outward:
 
     def cancel(self) -> None:
         """Nobody waits any more. May be called again."""
-        self._over = True
+        self._over, self._done = True, None
         if self._held is not None:
             held, self._held = self._held, None
             held.withdraw()
         if self._dial is not None:
-            self._dial.cancel()
+            dial, self._dial = self._dial, None
+            dial.cancel()
 
     def _resolved(self, resolved: Resolved) -> None:
         if self._over:
             return
         if not resolved.addresses:
-            self._done(None, resolved.problem or "it has no address")
+            self._finish(None, resolved.problem or "it has no address")
             return
         self._dial = Dial(
             self._egress.loop,
@@ -109,15 +110,24 @@ class Outward:
             self._held = held
 
     def _dialled(self, sock: socket.socket | None, address: bytes, problem: str) -> None:
+        self._dial = None
         if sock is None:
-            self._done(None, "" if self.refused is not None and self.allowed is None else problem)
+            self._finish(None, "" if self.refused is not None and self.allowed is None else problem)
             return
         if address != self._address:
             self.endpoint = self._to(address, self.endpoint.protected)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEP_ALIVE)
-        self._done(sock, "")
+        self._finish(sock, "")
+
+    def _finish(self, sock: socket.socket | None, problem: str) -> None:
+        """Says so once, and forgets whom: who knows us would be freed late."""
+        done, self._done = self._done, None
+        if done is not None:
+            done(sock, problem)
+        elif sock is not None:
+            sock.close()
 
 
 def proxy_of(text: str | None) -> tuple[str, int] | None:

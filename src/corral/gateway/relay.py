@@ -236,7 +236,7 @@ def _named(error: OSError, otherwise: str) -> str:
 class Relay:
     """Both directions. Closes neither socket: ``on_end`` (why, whether it broke) is called once, for that."""
 
-    __slots__ = ("_on_end", "_ways", "buffer", "ended", "loop", "touched")
+    __slots__ = ("_counts", "_on_end", "_ways", "buffer", "ended", "loop", "touched")
 
     def __init__(
         self,
@@ -255,11 +255,12 @@ class Relay:
         the way down, with what was read already counted but not looked at again. ``buffer`` is as
         :func:`make_buffer` makes it."""
         self.loop, self.buffer = loop, buffer
-        self._on_end = on_end
+        self._on_end: Callable[[str, bool], None] | None = on_end
+        self._counts = (0, 0)
         self.ended = False
         self.touched = True
         """Whether anything has moved since somebody has set this to False."""
-        self._ways = (
+        self._ways: tuple[_Way, ...] = (
             _Way(self, inside, outside, first, limits[0], looks[0], budgets[0]),
             _Way(self, outside, inside, b"", limits[1], looks[1], budgets[1]),
         )
@@ -273,19 +274,22 @@ class Relay:
     @property
     def counts(self) -> tuple[int, int]:
         """Bytes up and down."""
-        return self._ways[0].count, self._ways[1].count
+        return self._counts if self.ended else (self._ways[0].count, self._ways[1].count)
 
     def over(self) -> bool:
         """Ends it where both directions have ended; then who closes the sockets passes the last end on."""
-        over = self._ways[0].ended and self._ways[1].ended
+        over = all(way.ended for way in self._ways)
         if over:
             self.end("closed", broken=False)
         return over
 
     def end(self, reason: str, *, broken: bool) -> None:
         """Carries no more. May be called again."""
-        if not self.ended:
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None:
+            self._counts = self.counts
             self.ended = True
             for way in self._ways:
                 way.close()
-            self._on_end(reason, broken)
+            self._ways = ()  # which know it: else what is over would be there until somebody looks for such rings
+            on_end(reason, broken)

@@ -124,6 +124,8 @@ class Gateway:
         self._resolvers: dict[tuple[str, ...], Resolver] = {}
         self._looks = self._failed = False
         self._most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _RESERVED
+        self._room = 0
+        """For how many connections there was room when they were counted last, less all that have come since."""
         self._thread = threading.Thread(target=self._run, name="corral-gateway", daemon=True)
         self._thread.start()
 
@@ -144,8 +146,11 @@ class Gateway:
     def is_full(self, egress: Egress) -> bool:
         """Whether the process could not hold one more connection of this sandbox, with what it may need for it. None
         may take the last quarter of the room that others have left, so that there is some for whoever comes next."""
-        room = (self._most - _RESERVED) // PER_FLOW - sum(len(each.flows) for each in list(self._doors))
-        return len(egress.flows) >= 3 * max(0, room)
+        self._room -= 1
+        if len(egress.flows) >= 3 * self._room:
+            flows = sum(len(each.flows) for each in list(self._doors))
+            self._room = (self._most - _RESERVED) // PER_FLOW - flows
+        return len(egress.flows) >= 3 * max(0, self._room)
 
     # ---- its own thread ----
 
