@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+import re
 import time
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corral.gateway.recognise import MAX_FIRST, Protocol
+from corral.gateway import watch as watching
+from corral.gateway.recognise import MAX_FIRST, Protocol, Recognised, could_decide, recognise
 from corral.gateway.watch import MAX_KEEN, MAX_READ, MAX_WATCHED, PIECEMEAL, Direction, Finding, Watch
 from tests.unit.hellos import hello, message, number, records
 
@@ -234,6 +237,85 @@ def test_a_beginning_that_never_becomes_clear_ends_the_flow() -> None:
     assert fed < 2.2 * MAX_READ**0.5
     watch = Watch()  # as it comes from a program
     assert not any(watch.feed(UP, b'{"' + b"}" * 1000) for _ in range(MAX_FIRST // 1000 + 2))
+
+
+class Counted:
+    """A pattern that says how much it has looked at."""
+
+    def __init__(self, own: re.Pattern[bytes], work: list[int]) -> None:
+        self._own, self._work = own, work
+
+    def match(self, data: bytes) -> re.Match[bytes] | None:
+        self._work.append(len(data))
+        return self._own.match(data)
+
+    def finditer(self, data: bytes) -> Iterator[re.Match[bytes]]:
+        self._work.append(len(data))
+        return self._own.finditer(data)
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("way", Direction)
+def test_a_byte_at_a_time_costs_the_same_for_each(way: Direction, later: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in the bytes that patterns are given and that beginnings are read of: it grows with the stream only."""
+    work: list[int] = []
+    for name in ("_KEEN", "_LATER"):
+        looks = getattr(watching, name)
+        counted = {key: tuple(Counted(look, work) for look in found) for key, found in looks.items()}
+        monkeypatch.setattr(watching, name, counted)
+
+    def counting(data: bytes) -> Recognised | None:
+        work.append(len(data))
+        return recognise(data)
+
+    monkeypatch.setattr(watching, "recognise", counting)
+    watch = Watch()
+    if later:
+        assert watch.feed(way, b"+" * MAX_KEEN) is None
+    costs = []
+    for _ in range(3):
+        before = sum(work)
+        for byte in b'{"text": "' + b'\n"\x16\x03' * 5 + b"x" * 4000 + b"1.3.6." * 10:
+            assert watch.feed(way, bytes((byte,))) is None
+        costs.append((sum(work) - before) // 4100)
+    assert costs[1] == costs[2] <= 6 * 513
+
+
+@pytest.mark.parametrize("begin", [b'{"a": "', b"  [", b"POST ", b"\r\n\r\nOPTIONS * ", b"abc def"])
+def test_a_long_beginning_in_single_bytes_is_read_as_seldom_as_it_can_be_decided(begin: bytes) -> None:
+    watch = Watch()
+    data = (begin + b"x" * 8_000)[:8_000]
+    for at in range(len(data)):
+        assert watch.feed(UP, data[at : at + 1]) is None
+    assert watch._read < 600_000
+
+
+_LONG = hello((21, b"x" * 1200))
+
+
+@pytest.mark.parametrize(
+    ("before", "more"),
+    [
+        (b'{"a": "' + b"x" * 1100 + b'"', b"}"),
+        (b'["' + b"x" * 1100 + b'"', b"]"),
+        (b"{" + b"x" * 1100, b"\n"),
+        (b"{" + b"x" * 1100, b"x\0x"),
+        (b"GET /" + b"x" * 1100, b" HTTP/1.1\r\n\r\n"),
+        (b" " * 1100, b"\5"),
+        (_LONG[:-1], _LONG[-1:]),
+        (b"SSH-2.0-" + b"x" * 246, b"x"),
+        (b"M" * 64, b"M"),
+        (b"{" * (MAX_FIRST - 1), b"x"),
+    ],
+)
+def test_what_decides_is_read(before: bytes, more: bytes) -> None:
+    assert recognise(before) is None and recognise(before + more) is not None
+    assert could_decide(before, more)
+    watch = Watch()
+    watch.feed(UP, before)
+    assert watch._first is not None
+    watch.feed(UP, more)
+    assert watch._first is None
 
 
 @given(st.lists(st.tuples(st.sampled_from(Direction), st.binary(max_size=200)), max_size=10))

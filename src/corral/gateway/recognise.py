@@ -87,6 +87,22 @@ def recognise(data: bytes, *, ended: bool = False) -> Recognised | None:
     return Recognised(Protocol.TCP)
 
 
+_SETTLED = 1 << 10
+"""From so many bytes on only a line, a value of JSON or a hello can be open still: all else is told by its first 255
+bytes, or by a method of at most 64."""
+_BEGUN = re.compile(rb"[ \t\r\n]{0,512}[^ \t\r\n]")
+_DECISIVE = re.compile(rb"[\n\0}\]]")
+"""What ends a line of JSON, a value of it, a line of HTTP, or its headers."""
+
+
+def could_decide(before: bytes | bytearray, more: bytes) -> bool:
+    """Whether there can be an answer for ``before`` with ``more``, where there was none for ``before`` alone. To ask
+    costs far less than to read both again, so who sends a byte at a time costs no more than others."""
+    if not _SETTLED <= len(before) < MAX_FIRST - len(more) or before[0] == 0x16:
+        return True
+    return _DECISIVE.search(more) is not None or _BEGUN.match(before) is None
+
+
 # ---- 1. what carries others ----
 
 

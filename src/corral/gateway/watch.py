@@ -9,9 +9,10 @@ A flow that was recognised as none of these goes on being looked at, in both dir
   miners everywhere.
 
 What is found depends on the bytes and on the order in which the two sides send them, not on their pieces, except that a
-beginning in very many pieces, which would have to be read again with each, ends the flow (MAX_READ). The gateway keeps
-at most MAX_FIRST + 4 KiB for it. Who has a destination that policy opens to any TCP can hide more than this finds; it
-finds the programs that exist.
+beginning in very many pieces that could each decide what it is, and would have it read again each time, ends the flow
+(MAX_READ). However small the pieces, each costs a fixed number of looks at it and _CARRY bytes before it. The gateway
+keeps at most MAX_FIRST + 4 KiB for it. Who has a destination that policy opens to any TCP can hide more than this
+finds; it finds the programs that exist.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from dataclasses import dataclass
 from enum import Enum
 
 from corral.gateway.mining import SAID
-from corral.gateway.recognise import MAX_FIRST, Protocol, recognise
+from corral.gateway.recognise import MAX_FIRST, Protocol, could_decide, recognise
 
 MAX_KEEN = 1 << 16
 MAX_WATCHED = 1 << 24
 MAX_READ = 1 << 21
-"""Bytes that a beginning may cost: it is read again, whole, with each of its pieces, until it is told apart."""
+"""Bytes that a beginning may cost: it is read again, whole, with each piece that could tell what it is."""
 _CARRY = 512
 """Bytes that are kept to find what lies across two pieces; no pattern is longer."""
 
@@ -179,7 +180,7 @@ class Watch:
     def __init__(self) -> None:
         self._sides = {direction: _Side(direction) for direction in Direction}
         self._speaks: Direction | None = None
-        self._first: bytes | None = b""
+        self._first: bytearray | None = bytearray()
         self._read = 0
         self._asked = False
         """TLS was asked for."""
@@ -219,9 +220,12 @@ class Watch:
     def _beginning(self, data: bytes) -> list[Finding]:
         if self._first is None:
             return []
+        told = could_decide(self._first, data)
         self._first += data
+        if not told:
+            return []
         self._read += min(len(self._first), MAX_FIRST)
-        found = recognise(self._first)
+        found = recognise(bytes(self._first[:MAX_FIRST]))
         if found is None:
             return [PIECEMEAL] if self._read > MAX_READ else []
         self._first = None
