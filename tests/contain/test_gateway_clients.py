@@ -798,6 +798,15 @@ async def test_addresses_that_do_not_answer_are_passed_over(
     assert time.monotonic() - began < 5
 
 
+async def test_a_client_of_one_family_reaches_servers_of_the_other(make_box: MakeBox, internet: Internet) -> None:
+    """What stands for a name is in both families, wherever the name itself is."""
+    names = ("v4only.test", "v6only.test")
+    box = await make_box(policy=policy_of(f"allow: [{', '.join(names)}]"))
+    for family in ("-4", "-6"):
+        told = await asyncio.gather(*(shell(box, f"curl -sS {family} -m 9 http://{name}/") for name in names))
+        assert [fine(result) for result in told] == [f"hello from {name}\n" for name in names]
+
+
 async def test_a_place_that_does_not_answer_is_given_up(make_box: MakeBox, internet: Internet) -> None:
     rules = "allow: [{name: blackhole.test, limits: {dial: 1s}}, closed.test, prohibited.test]"
     box = await make_box(policy=policy_of(rules))

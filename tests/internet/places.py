@@ -90,6 +90,8 @@ ANSWERS: dict[str, dict[str, tuple[str, ...]]] = {
     "loopback.test": {"A": ("127.0.0.1",), "AAAA": ("::1",)},
     "unspecified.test": {"A": ("0.0.0.0",), "AAAA": ("::",)},
     "linklocal.test": {"A": ("169.254.169.254",), "AAAA": ("fe80::1",)},
+    # Where clouds keep their metadata: Alibaba, AWS by IPv6, Oracle at home.
+    "clouds.test": {"A": ("100.100.100.200", "192.0.0.192"), "AAAA": ("fd00:ec2::254",)},
     "mapped.test": {"AAAA": ("::ffff:127.0.0.1",)},
     "nat64.test": {"AAAA": ("64:ff9b::7f00:1",)},
     "multicast.test": {"A": ("224.0.0.1",), "AAAA": ("ff02::1",)},
