@@ -105,7 +105,8 @@ class TlsStream(Stream):
             except ssl.SSLZeroReturnError:
                 return b""
             except ssl.SSLError as error:
-                await self._send()
+                if not isinstance(error, ssl.SSLEOFError):  # OpenSSL has an alert for that, too, but servers send none
+                    await self._send()
                 self.note(f"tls: {error.reason}")
                 raise Ended from error
 
