@@ -396,8 +396,8 @@ class Core:
         return when is SnapshotWhen.STEP and self.state in (State.RUNNING, State.FROZEN)
 
     def end_others(self, to: KeptLayer | None) -> bool:
-        """Kills what must not outlive its files' going back to a layer, while all stands still, and notes it for whoever
-        waits for commands. Whether any of it is left."""
+        """Kills what must not see its files go back to a layer, while all stands still, and notes it for whoever waits
+        for commands. Whether any of it is left."""
         if to is None:
             return False
         from corral.policy.matching import Paths
