@@ -58,6 +58,7 @@ class Kind(Enum):
     SANDBOX_RESTORE = "sandbox.restore"
     SANDBOX_FORK = "sandbox.fork"
     SANDBOX_APPLY = "sandbox.apply"
+    SANDBOX_UNDO = "sandbox.undo"
     SANDBOX_DISCARD = "sandbox.discard"
 
 
@@ -202,6 +203,10 @@ class Verb:
     """One of the sandbox's own verbs, with what it is about (paths of an apply, the name of a snapshot)."""
 
     names: tuple[str, ...] = ()
+    source: str = ""
+    """Where it takes that from: the layer of an apply, the apply of an undo."""
+    digest: str = ""
+    """Of an apply or undo: the hash of exactly what would be changed, to what."""
 
     def __str__(self) -> str:
         return ", ".join(self.names)

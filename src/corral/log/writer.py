@@ -162,6 +162,11 @@ class Log:
         return number
 
     @property
+    def origin(self) -> str:
+        """Its name, which stands in its checkpoints and stays the same when its key changes."""
+        return self._checkpoints.origin
+
+    @property
     def failure(self) -> CorralError | None:
         """Why nothing more can be written, if it cannot."""
         return self._failure
