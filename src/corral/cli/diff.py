@@ -47,13 +47,18 @@ def detail(change: Change) -> str:
     return f"{change.size_before} -> {change.size_after} bytes"
 
 
+def write_patch(patch: bytes) -> None:
+    """Prints it as it is, with the files' own characters."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(patch)
+    sys.stdout.buffer.flush()
+
+
 def show_changes(name: str | None, *, workspace_only: bool, patch: bool, as_json: bool) -> None:
     """Prints the changes of a kept layer. Raises RequestError when there is no such layer."""
     layer = layer_of(name)
     if patch:
-        sys.stdout.flush()
-        sys.stdout.buffer.write(layer.patch())
-        sys.stdout.buffer.flush()
+        write_patch(layer.patch())
         return
     changes = [change for change in layer.changes() if not workspace_only or change.part == "workspace"]
     if as_json:

@@ -241,7 +241,8 @@ class _Run:
         self._log = open_log(Path(self._arguments.values["log"]))
         if options.policy.log.keep:
             make_payloads(self._log.directory)
-        return replace(options, hidden=files_of(self._log.directory))
+        place = (str(self._log.directory), self._log.origin)
+        return replace(options, hidden=files_of(self._log.directory), log=place)
 
     def _make(self, prepared: Prepared) -> Core:
         if self._log is None:

@@ -91,6 +91,7 @@ class Sandbox:
             label=label,
             on=on.id if on is not None else None,
             hidden=hidden,
+            log=("", "") if log is None else (os.path.abspath(log.directory), log.origin),
         )
         self._keep = keep
         self._reset()

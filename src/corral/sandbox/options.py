@@ -41,6 +41,8 @@ class Options:
     """The id of a kept layer to begin on."""
     hidden: tuple[str, ...] = ()
     """Absolute host paths that are absent inside, beside those of the policy: what Corral itself keeps there."""
+    log: tuple[str, str] = ("", "")
+    """The directory and the name of the log that it is recorded in, which whoever applies its changes goes on with."""
 
 
 def user_id(user: str | int) -> int:
