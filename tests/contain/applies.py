@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,25 @@ def applied(proposal: Proposal) -> journal.Journal:
     return proposal.apply(proposal.hash)
 
 
-def ended(what: Callable[[], object], when: Callable[[], object]) -> None:
-    """Runs something in a child that ends with code 9 when ``when`` has it do so."""
+def killed_at(number: int, what: Callable[[], object], calls: tuple[str, ...] = CALLS) -> bool:
+    """Runs something in a child that ends at its so-manyth call to the system. Whether it did not get that far."""
     child = os.fork()
     if child == 0:
-        when()
+        left = number
+
+        def count(event: str, _: object) -> None:
+            nonlocal left
+            if event.startswith(calls):
+                left -= 1
+                if left == 0:
+                    os._exit(9)
+
+        sys.addaudithook(count)
         try:
             what()
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        except BaseException:
+            os._exit(2)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 9)
+    return code == 0

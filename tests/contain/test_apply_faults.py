@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from corral.sandbox.apply.proposing import propose
 from corral.sandbox.apply.recovery import recover
 from corral.sandbox.apply.swapping import Conflict
 from corral.sandbox.apply.undo import undo
-from tests.contain.applies import CALLS, CHANGES, applied, fill, look, run
+from tests.contain.applies import CHANGES, applied, fill, killed_at, look, run
 
 pytestmark = pytest.mark.usefixtures("state")
 
@@ -71,30 +69,6 @@ def test_a_full_disk_leaves_everything_as_it_was(workspace: Path, monkeypatch: p
     with pytest.raises(CorralError, match="make room"):
         applied(proposal)
     assert look(workspace) == before
-
-
-def killed_at(number: int, what: Callable[[], object], calls: tuple[str, ...] = CALLS) -> bool:
-    """Runs something in a child that ends at its so-manyth call to the system. Whether it did not get that far."""
-    child = os.fork()
-    if child == 0:
-        left = number
-
-        def count(event: str, _: object) -> None:
-            nonlocal left
-            if event.startswith(calls):
-                left -= 1
-                if left == 0:
-                    os._exit(9)
-
-        sys.addaudithook(count)
-        try:
-            what()
-        except BaseException:
-            os._exit(2)
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, 9)
-    return code == 0
 
 
 @pytest.mark.timeout(300)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +20,13 @@ from corral.log.places import open_log
 from corral.log.signing import read_checkpoint, read_keys
 from corral.policy.canonical import policy_hash
 from corral.policy.model import Agent, Apply, Filesystem, Policy
-from corral.sandbox.apply import applying, journal, recovery, swapping
+from corral.sandbox.apply import applying, journal, recording, recovery, swapping
 from corral.sandbox.apply.proposing import propose
 from corral.sandbox.apply.recovery import recover
 from corral.sandbox.apply.swapping import Conflict
 from corral.sandbox.apply.undo import forget, undo
 from corral.sandbox.layer import KeptLayer
-from tests.contain.applies import CHANGES, applied, fill, look
+from tests.contain.applies import CHANGES, applied, fill, killed_at, look
 from tests.contain.applies import run as run_in
 from tests.contain.logs import events, records, verified
 
@@ -202,6 +203,28 @@ def test_a_crash_is_told_by_the_next_start(
     verified(place)
 
 
+def test_wherever_it_is_killed_the_log_says_what_is(workspace: Path, place: Path) -> None:
+    layer, before = run(workspace, place, "echo more >>file.txt; rm -r empty; echo x >new"), look(workspace)
+    proposal, draw = propose(layer), random.Random(20261127)
+    number = 1
+    seen: set[Outcome] = set()
+    while not killed_at(number, lambda: applied(proposal)):
+        told = len(outcomes(place))
+        recover()
+        is_changed = look(workspace) != before
+        said = outcomes(place)[told - 1 if is_changed else told :]
+        if is_changed:
+            (made,) = journal.journals()
+            assert said[-1] == (Outcome.APPLIED, made.id), number
+            assert decisions(place)[-1].verdict is Verdict.ALLOW
+            undo(made.id)
+        assert is_changed or all(outcome is Outcome.ROLLED_BACK for outcome, _ in said), number
+        assert verified(place)
+        seen.update(outcome for outcome, _ in said)
+        number += draw.randrange(1, 45)
+    assert seen == {Outcome.APPLIED, Outcome.ROLLED_BACK}
+
+
 def test_what_cannot_be_taken_back_is_told_when_a_person_has_seen_to_it(
     workspace: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +246,39 @@ def test_what_cannot_be_taken_back_is_told_when_a_person_has_seen_to_it(
     assert forget(identifier) == ""
     assert outcomes(place) == [(Outcome.FORGOTTEN, identifier)]
     assert (workspace / "file.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_what_came_of_it_and_cannot_be_recorded_stops_what_comes_next(
+    workspace: Path, place: Path, monkeypatch: pytest.MonkeyPatch, works: bool
+) -> None:
+    layer, before = run(workspace, place), look(workspace)
+
+    def unwritable(*words: object) -> None:
+        raise writer.LogUnwritable("make room there")
+
+    with monkeypatch.context() as patches:
+        patches.setattr(recording.Chronicle, "ended", unwritable)
+        if not works:
+            patches.setattr(applying, "exchange", unwritable)
+        with pytest.raises(CorralError, match=r"recorded.*make room there"):
+            applied(propose(layer))
+        (identifier,) = journal.unfinished()
+        recover()  # tries again, in vain
+        (workspace / "other").touch()
+        again = propose(layer)
+        with pytest.raises(CorralError, match=f"corral undo --forget {identifier}"):
+            applied(again)
+        (workspace / "other").unlink()
+        assert journal.unfinished() == [identifier]
+        if not works:
+            assert forget(identifier) == "make room there"
+    recover()
+    assert outcomes(place) == ([(Outcome.APPLIED, identifier)] if works else [])
+    if works:
+        undo(identifier)
+    assert look(workspace) == before  # with nothing beside it
+    assert journal.ids() == journal.unfinished() == []
 
 
 # ---- what policy wants to be asked ----

@@ -83,7 +83,10 @@ def apply_steps(
             recover_in(workspace)
             directory = stack.enter_context(locked(journal.id, make=True))
         except CorralError as error:
-            records.tell(journal, Outcome.ROLLED_BACK, str(error))
+            try:
+                records.tell(journal, Outcome.ROLLED_BACK, str(error))
+            except CorralError as problem:
+                raise CorralError(f"{error}; nor can that be recorded: {problem}") from None
             raise
         application = _Application(journal, root, directory, progress)
         try:

@@ -52,7 +52,7 @@ _ENVIRONMENT = {
     "LC_ALL": "C",
 }
 _NOTHING = "git keeps nothing of these changes: they are of modes, owners, empty directories, or in it already"
-_KEPT = ("GIT_AUTHOR_", "GIT_COMMITTER_")
+_KEPT = "GIT_COMMITTER_"
 
 
 class Branch:

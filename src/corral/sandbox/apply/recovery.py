@@ -81,7 +81,16 @@ def take_back(journal: Journal, root: int, directory: int, tell: Tell, error: st
     try:
         if journal.phase is Phase.SWAPPING:
             _put_back(journal, root, directory)
-        tell(journal, outcome_of(journal), "" if journal.phase is Phase.DONE else error)
+        try:
+            tell(journal, outcome_of(journal), "" if journal.phase is Phase.DONE else error)
+        except CorralError as problem:
+            if journal.phase is Phase.SWAPPING:
+                with suppress(CorralError):  # it is all back; whoever forgets it then removes what lies beside it, too
+                    journals.write(replace(journal, phase=Phase.PREPARING))
+            raise CorralError(
+                f"{journal.workspace}: what came of {journal.id} ({outcome_of(journal).value}) cannot be recorded: "
+                f"{problem}; `corral undo --forget {journal.id}` goes on without that"
+            ) from None
         tidy_up(journal, root)
     except OSError as error:
         raise CorralError(f"{journal.workspace}: cannot take back what was begun: {error.strerror}") from None

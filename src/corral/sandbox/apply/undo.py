@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from corral.actions import Kind, Verdict
@@ -15,8 +16,9 @@ from corral.sandbox.apply import journal as journals
 from corral.sandbox.apply.applying import Progress, apply_steps
 from corral.sandbox.apply.carrying import copy
 from corral.sandbox.apply.journal import BEFORE, Journal, Phase, Step, digest_of, locked
-from corral.sandbox.apply.recording import Act, chronicle, told, whoever
-from corral.sandbox.apply.swapping import copy_own, host_marker
+from corral.sandbox.apply.recording import Act, chronicle, outcome_of, told, whoever
+from corral.sandbox.apply.recovery import tidy_up
+from corral.sandbox.apply.swapping import copy_own, host_marker, opened
 from corral.sandbox.copying import Room
 from corral.sandbox.trees import OPEN_DIRECTORY
 
@@ -76,10 +78,18 @@ def forget(identifier: str) -> str:
     with locked(identifier, wait=False) as directory:
         try:
             journal = journals.read(directory, identifier)
-            if journal.phase is not Phase.DONE:
-                told(journal, Outcome.FORGOTTEN)
         except CorralError as error:
             problem = str(error)
+        else:
+            is_left = journal.phase is Phase.SWAPPING
+            try:
+                if identifier in journals.unfinished():
+                    told(journal, Outcome.FORGOTTEN if is_left else outcome_of(journal))
+            except CorralError as error:
+                problem = str(error)
+            with suppress(CorralError, OSError), opened(journal.workspace) as root:
+                if not is_left:  # else what was there lies beside the files
+                    tidy_up(journal, root)
         journals.forget(identifier)
         journals.finish(identifier)
     return problem
