@@ -207,6 +207,8 @@ class Verb:
     """Where it takes that from: the layer of an apply, the apply of an undo."""
     digest: str = ""
     """Of an apply or undo: the hash of exactly what would be changed, to what."""
+    target: str = ""
+    """Where it goes, if not into files: the branch that an apply becomes."""
 
     def __str__(self) -> str:
         return ", ".join(self.names)

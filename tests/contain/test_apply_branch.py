@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from corral.actions import Decision, Verb
 from corral.errors import CorralError, RequestError
 from corral.log.events import ApplyEnded, Outcome
 from corral.log.places import open_log
@@ -172,6 +173,9 @@ def test_it_is_decided_and_recorded_as_any_apply(
     assert git(workspace, "for-each-ref", "--format=%(refname:short)", "refs/heads") == "main\ntwo"
     ended = events(place, ApplyEnded)
     assert [(each.outcome, each.apply) for each in ended] == [(Outcome.COMMITTED, commit), (Outcome.ROLLED_BACK, "")]
+    subjects = [each.action.subject for each in events(place, Decision)]
+    targets = [each.target for each in subjects if isinstance(each, Verb)]
+    assert targets == [f"refs/heads/{name}" for name in ("one", "two", "three")]
     verified(place)
 
 

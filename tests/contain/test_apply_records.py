@@ -78,7 +78,7 @@ def test_what_is_decided_and_what_comes_of_it_stands_in_the_log_of_the_run(works
     verb = first.action.subject
     assert (first.action.kind, first.verdict, first.decider) == (Kind.SANDBOX_APPLY, Verdict.ALLOW, "approvals")
     assert f"(uid {os.geteuid()}, pid {os.getpid()})" in first.answered_by
-    assert dataclasses.astuple(verb) == (tuple(each.path for each in proposal.entries), layer.id, proposal.hash)
+    assert dataclasses.astuple(verb) == (tuple(each.path for each in proposal.entries), layer.id, proposal.hash, "")
     assert (second.action.kind, second.verdict) == (Kind.SANDBOX_UNDO, Verdict.ALLOW)
     assert second.action.subject.source == made.id  # type: ignore[union-attr]
     undone = journal.digest_of(str(workspace), [step.__class__(step.path, step.after, step.before, step.is_own)
@@ -426,3 +426,19 @@ def test_a_hold_of_policy_is_no_way_around(workspace: Path, place: Path) -> None
         proposal.apply(answer)  # type: ignore[arg-type]
     assert len(asked) == 1 and decisions(place)[-1].verdict is Verdict.DENY
     assert not journal.ids()
+
+
+def test_a_layer_on_a_layer_is_told_to_the_logs_of_both(workspace: Path, tmp_path: Path) -> None:
+    places = [tmp_path / name / "log" for name in ("first", "second")]
+    with open_log(places[0]) as one, open_log(places[1]) as two:
+        first = run_in(workspace, "touch first", log=one, policy=POLICY)
+        second = run_in(workspace, "touch second", log=two, on=first)
+        third = run_in(workspace, "touch third", log=two, on=second)
+    assert [terms.sandbox for terms in third.terms] == [first.id, third.id]
+    made = applied(propose(third))
+    undo(made.id)
+    for place in places:
+        assert [outcome for outcome, _ in outcomes(place)] == [Outcome.APPLIED, Outcome.UNDONE]
+        assert {each.action.origin.session for each in decisions(place)} == {third.id}
+        verified(place)
+    assert records(places[0])[-1].context.agent == "fixer"

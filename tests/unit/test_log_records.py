@@ -77,7 +77,7 @@ SUBJECTS: dict[Kind, st.SearchStrategy[Any]] = {
     Kind.KERNEL: st.builds(KernelCall, HOSTILE, NUMBERS, HOSTILE, st.booleans()),
 }
 FILES = st.builds(File, HOSTILE, st.sampled_from(Access), HOSTILE)
-VERBS = st.builds(Verb, st.lists(HOSTILE, max_size=3).map(tuple), HOSTILE, HOSTILE)
+VERBS = st.builds(Verb, st.lists(HOSTILE, max_size=3).map(tuple), HOSTILE, HOSTILE, HOSTILE)
 PROCESSES = st.builds(
     Process,
     NUMBERS,

@@ -89,7 +89,7 @@ class Branch:
 
         Raises as that; nothing is changed then.
         """
-        with self._proposal.decided(consent, log) as records:
+        with self._proposal.decided(consent, log, self._ref) as records:
             try:
                 commit = self._commit()
             except BaseException as error:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from corral.actions import Kind
+from corral.errors import CorralError
+from corral.log.events import Outcome
 from corral.log.writer import Log
 from corral.policy.model import Policy
 from corral.sandbox.apply.applying import Progress, apply_steps
@@ -105,18 +107,22 @@ class Proposal:
         """
         with self.decided(consent, log) as records:
             before = {step.path: step.before for step in self.steps if step.before is not None}
-            self.layer.accept({os.path.join(self.workspace, path): mark for path, mark in before.items()})
+            try:
+                self.layer.accept({os.path.join(self.workspace, path): mark for path, mark in before.items()})
+            except CorralError as error:
+                records.ended("", Outcome.ROLLED_BACK, str(error))
+                raise
             source = _LayerSource(self)
             return apply_steps(self.workspace, self.layer.id, self.steps, source, records=records, progress=progress)
 
     @contextmanager
-    def decided(self, consent: str | Consent, log: Log | Path | None) -> Iterator[Chronicle]:
-        """Decides whether it may be done, and records that. Raises as :meth:`apply`."""
+    def decided(self, consent: str | Consent, log: Log | Path | None, target: str = "") -> Iterator[Chronicle]:
+        """Decides whether it may be done, or become the branch ``target``, and records that. Raises as :meth:`apply`."""
         is_for_another = isinstance(consent, str) and consent != self.hash
         if self.conflicts and not is_for_another:
             raise Conflict(f"{len(self.conflicts)} changes are in conflict: {'; '.join(self.conflicts[:5])}")
         paths = tuple(entry.path for entry in self.entries)
-        act = Act(Kind.SANDBOX_APPLY, self.layer.id, self.workspace, self.hash, paths)
+        act = Act(Kind.SANDBOX_APPLY, self.layer.id, self.workspace, self.hash, paths, target)
         ask = consent_by_hash(consent, self.hash) if isinstance(consent, str) else consent
         risks = f"{len(self.risky)} of the changes must be looked at" if self.risky else ""
         more = (self.policy.apply,) if self.policy else ()

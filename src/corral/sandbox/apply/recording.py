@@ -56,6 +56,8 @@ class Act:
     workspace: str
     digest: str
     paths: tuple[str, ...] = ()
+    target: str = ""
+    """Where it goes, if not into the files of the workspace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class Chronicle:
     def __init__(self, act: Act, terms: Sequence[Terms], books: Sequence[_Book], lacking: str) -> None:
         self._act = act
         self._origin = Origin(terms[-1].sandbox, terms[-1].sandbox) if terms else Origin("", "")
-        self._lacking = lacking
+        self._lacking, self._has_ended = lacking, False
         self._sessions = [_session(book) for book in books]
         self.terms = tuple(
             replace(book.terms, log=os.path.abspath(book.log.directory), origin=book.log.origin) for book in books
@@ -106,7 +108,9 @@ class Chronicle:
             outcome.append(decision)
             said.set()
 
-        monitor.submit(Action(act.kind, Verb(act.paths, act.source, act.digest), self._origin), decided, own=own)
+        monitor.submit(
+            Action(act.kind, Verb(act.paths, act.source, act.digest, act.target), self._origin), decided, own=own
+        )
         said.wait()
         if outcome[0].verdict is Verdict.KILL:
             raise CorralError(f"not applied: {ended[0]}")
@@ -123,12 +127,26 @@ class Chronicle:
         for session in self._sessions:
             session.record(ApplyEnded(apply, act.source, act.digest, act.workspace, outcome, error))
             _wait(session)
+        self._has_ended = True
 
     def close(self) -> None:
-        """Raises LogUnwritable."""
-        for session in self._sessions:
-            session.record(SessionEnded("done"))
-            session.close()
+        """Raises CorralError."""
+        try:
+            for session in self._sessions:
+                session.record(SessionEnded("done"))
+                session.close()
+        except CorralError as error:
+            raise self._unclosed(error) from None
+
+    def close_log(self, log: Log) -> None:
+        """Closes one that was opened for this. Raises CorralError."""
+        try:
+            log.close()
+        except CorralError as error:
+            raise self._unclosed(error) from None
+
+    def _unclosed(self, error: CorralError) -> CorralError:
+        return CorralError(f"it is done and recorded, and then: {error}") if self._has_ended else error
 
 
 @contextmanager
@@ -163,7 +181,7 @@ def chronicle(
                 each.close()
         raise
     for each in opened:
-        each.close()
+        records.close_log(each)
 
 
 def told(journal: Journal, outcome: Outcome, error: str = "") -> None:
@@ -238,17 +256,21 @@ def _books(terms: Sequence[Terms], log: Log | Path | None, opened: list[Log]) ->
     if isinstance(log, Path):
         log = open_log(log)
         opened.append(log)
-    found: dict[str, _Book] = {}
-    for each in reversed(terms):  # the newest run is what a log that several share is told of
-        if each.log and each.origin not in found:
-            if log is None or log.origin != each.origin:
-                found[each.origin] = _Book(_kept(each), each)
-                opened.append(found[each.origin].log)
-            else:
-                found[each.origin] = _Book(log, each)
-    if log is not None and log.origin not in found and terms:
-        found[log.origin] = _Book(log, terms[-1])
-    return list(found.values())
+    latest: dict[str, Terms] = {}
+    for each in terms:  # a log that several runs share is told of the last of them
+        if each.log:
+            latest.pop(each.origin, None)
+            latest[each.origin] = each
+    books = []
+    for origin, each in latest.items():
+        if log is not None and log.origin == origin:
+            books.append(_Book(log, each))
+        else:
+            opened.append(_kept(each))
+            books.append(_Book(opened[-1], each))
+    if log is not None and log.origin not in latest and terms:
+        books.append(_Book(log, terms[-1]))
+    return books
 
 
 def _kept(terms: Terms) -> Log:
