@@ -6,6 +6,7 @@ import dataclasses
 import os
 import random
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from corral.log import writer
 from corral.log.events import ApplyEnded, Outcome
 from corral.log.note import KeyFile, KeyType, cosign
 from corral.log.places import open_log
+from corral.log.reader import Reader
 from corral.log.signing import read_checkpoint, read_keys
 from corral.policy.canonical import policy_hash
 from corral.policy.model import Agent, Apply, Filesystem, Policy
@@ -28,7 +30,7 @@ from corral.sandbox.apply.undo import forget, undo
 from corral.sandbox.layer import KeptLayer
 from tests.contain.applies import CHANGES, applied, fill, killed_at, look
 from tests.contain.applies import run as run_in
-from tests.contain.logs import events, records, verified
+from tests.contain.logs import Disk, events, records, verified
 
 pytestmark = pytest.mark.usefixtures("state")
 POLICY = Policy(Agent("fixer", "7"), apply=Apply(ask=("/**/Makefile", "/deploy")))
@@ -225,6 +227,27 @@ def test_wherever_it_is_killed_the_log_says_what_is(workspace: Path, place: Path
     assert seen == {Outcome.APPLIED, Outcome.ROLLED_BACK}
 
 
+def test_its_traces_stay_until_what_came_of_it_is_durable(
+    workspace: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, disk = run(workspace, place), Disk(monkeypatch)
+    real, seen = recording.Chronicle.ended, list[list[str]]()
+
+    def go_on() -> None:
+        seen.append(journal.unfinished())
+        disk.works.set()
+
+    def ended(*words: object) -> None:
+        disk.works.clear()
+        threading.Timer(0.3, go_on).start()
+        real(*words)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(recording.Chronicle, "ended", ended)
+    made = applied(propose(layer))
+    assert seen == [[made.id]]
+    assert outcomes(place) == [(Outcome.APPLIED, made.id)]
+
+
 def test_what_cannot_be_taken_back_is_told_when_a_person_has_seen_to_it(
     workspace: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,6 +370,15 @@ def test_cosignatures_come_first(workspace: Path, place: Path) -> None:
     cosigned(place)
     cosigned(place, KeyFile("witness.example/two", KeyType.COSIGNATURE, b"u" * 32))  # somebody else of that name
     refused()
+    # Nor is what is in the log and not under a checkpoint yet.
+    cosigned(place)
+    cosigned(place, other)
+    with open_log(place) as log:
+        log.append(next(entry for _, entry in Reader(place).entries()))
+        proposal = propose(layer)
+        with pytest.raises(RequestError, match="0 of the witnesses"):
+            proposal.apply(proposal.hash, log=log)
+    assert look(workspace) == before
 
 
 def test_cosignatures_of_no_log_are_not_to_be_had(workspace: Path, place: Path) -> None:

@@ -117,7 +117,7 @@ class Proposal:
 
     @contextmanager
     def decided(self, consent: str | Consent, log: Log | Path | None, target: str = "") -> Iterator[Chronicle]:
-        """Decides whether it may be done, or become the branch ``target``, and records that. Raises as :meth:`apply`."""
+        """Decides and records whether it may be done, or become the branch ``target``. Raises as :meth:`apply`."""
         is_for_another = isinstance(consent, str) and consent != self.hash
         if self.conflicts and not is_for_another:
             raise Conflict(f"{len(self.conflicts)} changes are in conflict: {'; '.join(self.conflicts[:5])}")
