@@ -11,9 +11,11 @@ import pytest
 
 from corral.actions import Decision, Verb
 from corral.errors import CorralError, RequestError
+from corral.log import writer
 from corral.log.events import ApplyEnded, Outcome
 from corral.log.places import open_log
 from corral.sandbox.apply import branch as branches
+from corral.sandbox.apply import recording
 from corral.sandbox.apply.branch import Branch
 from corral.sandbox.apply.proposal import Proposal
 from corral.sandbox.apply.proposing import propose
@@ -173,10 +175,24 @@ def test_it_is_decided_and_recorded_as_any_apply(
     assert git(workspace, "for-each-ref", "--format=%(refname:short)", "refs/heads") == "main\ntwo"
     ended = events(place, ApplyEnded)
     assert [(each.outcome, each.apply) for each in ended] == [(Outcome.COMMITTED, commit), (Outcome.ROLLED_BACK, "")]
+    # Nor is one made that is not decided in a record; what came of it may be missing, and that is said.
+    with monkeypatch.context() as patches:
+        patches.setattr(branches, "propose", propose)
+        patches.setattr(recording.Chronicle, "ended", unwritable)
+        with pytest.raises(CorralError, match=r"refs/heads/four is made .* cannot be recorded: full"):
+            committed(layer, "four")
+        patches.setattr(writer, "spare_bytes", lambda fd: 0)
+        with pytest.raises(CorralError, match=r"not applied|make room"):
+            committed(layer, "five")
+    assert git(workspace, "for-each-ref", "--format=%(refname:short)", "refs/heads") == "four\nmain\ntwo"
     subjects = [each.action.subject for each in events(place, Decision)]
     targets = [each.target for each in subjects if isinstance(each, Verb)]
-    assert targets == [f"refs/heads/{name}" for name in ("one", "two", "three")]
+    assert targets == [f"refs/heads/{name}" for name in ("one", "two", "three", "four")]
     verified(place)
+
+
+def unwritable(*words: object) -> None:
+    raise writer.LogUnwritable("full")
 
 
 def test_where_there_is_nothing_to_commit_to(workspace: Path, tmp_path: Path) -> None:

@@ -94,9 +94,13 @@ class Branch:
                 commit = self._commit()
             except BaseException as error:
                 why = str(error) if isinstance(error, CorralError) else type(error).__name__
-                records.ended("", Outcome.ROLLED_BACK, why)
+                with suppress(CorralError):  # what went wrong is told; that it was decided is recorded
+                    records.ended("", Outcome.ROLLED_BACK, why)
                 raise
-            records.ended(commit, Outcome.COMMITTED)
+            try:
+                records.ended(commit, Outcome.COMMITTED)
+            except CorralError as error:
+                raise CorralError(f"{self._ref} is made ({commit}), and that cannot be recorded: {error}") from None
         return commit
 
     def _is_unborn(self) -> bool:
