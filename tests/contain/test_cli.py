@@ -335,7 +335,7 @@ def test_a_full_record_ends_the_run(cli: CommandLine) -> None:
 
 def test_no_record_is_begun_on_a_full_disk(cli: CommandLine) -> None:
     with_bound(cli, "diskspace.KEEP_BYTES = 1 << 60")
-    done = cli.run("--record", "r.jsonl", "--", "touch", "ran")
+    done = cli.run("--discard", "--record", "r.jsonl", "--", "touch", "ran")
     assert (done.returncode, done.stdout) == (125, b"")
     assert done.stderr.startswith(b"corral: --record r.jsonl: ") and b"make room" in done.stderr
     assert sorted(path.name for path in cli.workspace.iterdir()) == ["file.txt"]

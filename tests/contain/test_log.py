@@ -16,13 +16,17 @@ from pathlib import Path
 import pytest
 
 from corral.actions import Decision, Kind, Verdict
+from corral.approvals.queue import Ending, Scope
 from corral.errors import SandboxClosed
 from corral.log import writer
-from corral.log.events import ExecEnded, ExecStarted, SessionEnded, SessionStarted
+from corral.log.approval import action_hash
+from corral.log.events import Approval, ExecEnded, ExecStarted, PolicyChanged, SessionEnded, SessionStarted
 from corral.log.places import key_path, open_log
 from corral.log.writer import Log
 from corral.policy.canonical import policy_hash
 from corral.policy.load import parse_policy
+from corral.policy.model import Log as LogPolicy
+from corral.policy.model import Policy, Syscalls
 from corral.sandbox.box import Sandbox
 from tests.contain.command_line import CommandLine, adopting_orphans
 from tests.contain.conftest import wait_until
@@ -62,8 +66,9 @@ def test_a_run_is_recorded_from_its_beginning_to_its_end(cli: CommandLine, place
     found = records(place)
     assert isinstance(found[0].event, SessionStarted)
     assert found[0].event.label == "a label"
-    assert isinstance(found[1].event, ExecStarted)
-    assert found[1].event.argv[:2] == ("sh", "-c")
+    assert isinstance(found[1].event, PolicyChanged)
+    assert isinstance(found[2].event, ExecStarted)
+    assert found[2].event.argv[:2] == ("sh", "-c")
     ended, last = found[-2].event, found[-1].event
     assert isinstance(ended, ExecEnded)
     assert os.waitstatus_to_exitcode(ended.status) == 3
@@ -279,6 +284,38 @@ async def test_several_sandboxes_in_one_log(workspace: Path, log: Log) -> None:
     verified(log.directory)
 
 
+async def test_i3_a_yes_has_no_effect_before_it_is_durable_who_said_it(workspace: Path, log: Log, disk: Disk) -> None:
+    """Even where the policy has nobody wait for records of that kind."""
+    policy = Policy(syscalls=Syscalls(ask=("getpriority",)), log=LogPolicy(asynchronous=tuple(Kind)))
+    asking = "import os; print(os.getpriority(os.PRIO_PROCESS, 0), flush=True)"
+    async with Sandbox(workspace, policy=policy, log=log) as box:
+        client = asyncio.create_task(box.exec(["/usr/bin/python3", "-c", asking], timeout=60))
+        queue = box.core.supervision.approvals
+        assert await asyncio.to_thread(wait_until, lambda: queue.held == 1)
+        disk.works.clear()
+        (question,) = queue.waiting()
+        queue.answer(question.number, Verdict.ALLOW, "anna (uid 7)", reason="because")
+        done, _ = await asyncio.wait([client], timeout=1)
+        assert not done, "it went on although the answer was not durable"
+        disk.works.set()
+        assert (await client).exit_code == 0
+        refused = asyncio.create_task(box.exec(["/usr/bin/python3", "-c", asking], timeout=60))
+        assert await asyncio.to_thread(wait_until, lambda: queue.held == 1)
+    with suppress(SandboxClosed):
+        await refused
+    found = [record.event for record in records(log.directory)]
+    yes, no = [event for event in found if isinstance(event, Approval)]
+    decisions = [event for event in found if isinstance(event, Decision) and event.decider == "approvals"]
+    assert (yes.by, yes.verdict, yes.scope, yes.reason) == ("anna (uid 7)", Verdict.ALLOW, Scope.ONCE, "because")
+    assert (yes.question, yes.target, yes.rule) == (question.number, "kernel.getpriority", "syscalls.ask[0]")
+    assert yes.action == action_hash(decisions[0].action) == no.action
+    assert found.index(yes) < found.index(decisions[0])
+    assert yes.origin == decisions[0].action.origin and yes.asked_at <= yes.ended_at
+    assert (no.ending in (Ending.CLOSED, Ending.WITHDRAWN), no.verdict, no.by) == (True, Verdict.DENY, "nobody")
+    log.seal()
+    verified(log.directory)
+
+
 # ---- corral log ----
 
 
@@ -309,6 +346,21 @@ def test_an_outsider_verifies_with_a_key_and_a_checkpoint_of_before(
     done = command(cli, "verify", *words)
     assert done.returncode == 1
     assert b"consistency" in done.stdout
+
+
+def test_a_session_under_another_policy_says_what_is_different(cli: CommandLine, place: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    for text in ("", "syscalls: {ask: [getpriority]}\n"):
+        policy.write_text(f"agent: {{name: coder, version: '7'}}\n{text}")
+        assert cli.run("--log", str(place), "--policy", str(policy), "--", "true").returncode == 0
+    first, changed = events(place, PolicyChanged)
+    assert (first.old, changed.old, changed.by) == ("", first.new, changed.by)
+    assert changed.changes == ('syscalls.ask: added "getpriority"',) and f"uid {os.geteuid()}" in changed.by
+    hashes = [record.context.policy_hash for record in records(place) if isinstance(record.event, SessionStarted)]
+    assert hashes == [first.new, changed.new]
+    found = command(cli, "query", "event=policy.changed", "limit=5", "--details", "--log", str(place))
+    assert found.stdout.count(b"begins under") == 2 and b'added "getpriority"' in found.stdout
+    assert b"another policy" in cli("replay", "--json", "--log", str(place)).stdout
 
 
 def test_a_new_key_signs_and_the_old_one_stays_known(cli: CommandLine, place: Path) -> None:
@@ -374,7 +426,11 @@ def test_sessions_are_listed_shown_and_replayed(cli: CommandLine, place: Path, s
         assert is_plain(shown)
     lines = command(cli, "show", *words, "--json").stdout.splitlines()
     assert [json.loads(line)["number"] for line in lines] == list(range(len(records(place))))
-    found = command(cli, "query", "verdict=deny", "action=kernel.*", *words, "--export", "jsonl").stdout.splitlines()
+    assert command(cli, "export", "--format", "nothing", *words).returncode == 125
+    table = tmp_path / "table.parquet"
+    assert command(cli, "export", "--format", "parquet", "-o", str(table), *words).returncode == 0
+    assert table.read_bytes()[-4:] == b"PAR1" and not table.stat().st_mode & 0o077
+    found = command(cli, "export", "verdict=deny", "action=kernel.*", *words).stdout.splitlines()
     assert [json.loads(line)["record"]["kernel"]["name"] for line in found] == ["mount"]
     assert is_plain(command(cli, "query", "exe=*", *words, "--details").stdout)
     assert command(cli, "query", "colour=red", *words).returncode == 125

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from corral.errors import RequestError
+from corral.errors import CorralError, RequestError, SandboxClosed
 from corral.policy.load import parse_policy
 from corral.sandbox.apply.proposing import propose
 from corral.sandbox.apply.undo import undo
@@ -273,7 +273,7 @@ async def test_a_sandbox_goes_back_and_on(make_box: MakeBox) -> None:
     await box.restore(one)
     assert (await box.exec(["sh", "-c", "ls; cat ~/note; pgrep sleep"])).text == "file.txt\none\nkept\n"
     assert box.id != before
-    with pytest.raises(Exception, match="closed"):
+    with pytest.raises(SandboxClosed, match=f"set back to the layer {one.id}"):
         await process.wait()
     await box.restore(empty)
     assert (await box.exec(["sh", "-c", "ls -A . ~"])).text.split("\n\n")[0].endswith("file.txt")
@@ -314,6 +314,144 @@ def test_closed_directories_go_on_too(workspace: Path) -> None:
     assert shown == "0\nx\n"
     shown, _ = run(workspace, "stat -c %a closed open; chmod 700 open; ls -A open closed; echo 1 >one", second)
     assert shown == "700\n0\nclosed:\nfile\n\nopen:\n"
+
+
+STEPS = parse_policy("filesystem: {snapshot: step}\n", source="test.yaml")
+
+
+def test_each_step_can_be_gone_back_to(workspace: Path) -> None:
+    """A step is a command that was run from outside."""
+    with SyncSandbox(str(workspace), policy=STEPS, keep=True) as box:
+        for number in range(3):
+            assert box.exec(["sh", "-c", f"echo {number} >file-{number}; exit {number}"]).exit_code == number
+        steps = [layer for layer in list_layers() if layer.session == box.id]
+        assert [layer.step for layer in steps] == [0, 1, 2, 3]
+        assert [layer.parent for layer in steps] == ["", *(layer.id for layer in steps[:-1])]
+        assert [sorted(os.path.basename(path) for path in paths(layer)) for layer in steps] == [
+            [f"file-{number}" for number in range(count)] for count in range(4)
+        ]
+        assert [paths(layer) for layer in steps] == [
+            {change.path: change.kind for change in layer.changes_since(steps[0])} for layer in steps
+        ]
+        box.restore(steps[1])
+        assert box.exec(["sh", "-c", "ls; echo >new"]).text == "file-0\nfile.txt\n"
+        after = [layer for layer in list_layers() if layer.session == box.id]
+        assert [(layer.step, layer.parent) for layer in after] == [(0, steps[1].id), (1, after[0].id)]
+    assert box.kept is not None
+    assert (box.kept.parent, box.kept.session, box.kept.step) == (after[1].id, box.id, None)
+
+
+async def test_without_the_snapshot_of_a_step_nothing_goes_on(
+    make_box: MakeBox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes then could not be taken back."""
+    box = await make_box(policy=STEPS)
+
+    def full(*_: object, **__: object) -> None:
+        raise CorralError("the changes cannot be kept: no space")
+
+    monkeypatch.setattr("corral.sandbox.snapshots.keep", full)
+    await box.exec(["true"])
+    assert await asyncio.wait_for(box.wait_ended(), 10) == (
+        "the snapshot of step 1 could not be taken: the changes cannot be kept: no space"
+    )
+    with pytest.raises(CorralError, match="no space"):
+        await make_box(policy=STEPS)
+
+
+async def test_a_command_that_comes_during_a_snapshot_waits(make_box: MakeBox) -> None:
+    box = await make_box()
+    await box.exec(["sh", "-c", "head -c 30M /dev/urandom >big"])
+    taking = asyncio.ensure_future(box.snapshot())
+    while not box.core.is_kept_still:
+        await asyncio.sleep(0)
+    assert (await box.exec(["echo", "after"])).text == "after\n"
+    assert taking.done()
+
+
+KEEPS = parse_policy("filesystem: {restore_keeps: ['**/sleep']}\n", source="test.yaml")
+
+
+async def test_going_back_in_place_keeps_what_policy_names(make_box: MakeBox, workspace: Path) -> None:
+    """And tells it, and whoever waits for what was killed."""
+    box = await make_box(policy=KEEPS)
+    begin = await box.snapshot("begin")
+    await box.exec(["sh", "-ec", "rm file.txt; mkdir -p new/deep closed; echo x >new/deep/file; chmod 0 closed"])
+    kept = await box.start_process(["sleep", "600"])
+    killed = asyncio.ensure_future(box.exec(["sh", "-c", "echo begun; while :; do :; done"], on_stdout=lambda _: None))
+    while "begun" not in (await box.exec(["sh", "-c", "pgrep -f begun >/dev/null && echo begun || :"])).text:
+        pass
+    before = box.id
+    await box.restore(begin)
+    assert box.id == before
+    result = await asyncio.wait_for(killed, 10)
+    assert (result.signal, result.restored) == (9, begin.id)
+    assert result.stderr == f"corral: the files were set back to the layer {begin.id} while this ran\n".encode()
+    shown = await box.exec(["sh", "-c", "ls; cat file.txt; pgrep -x sleep | wc -l; cat /run/corral/restores.jsonl"])
+    *lines, told = shown.text.splitlines()
+    assert lines == ["file.txt", "original", "1"]
+    assert json.loads(told)["layer"] == begin.id
+    assert (await box.exec(["sh", "-c", "echo >/run/corral/restores.jsonl"])).exit_code != 0
+    kept.kill()
+    assert (await kept.wait()).restored == begin.id
+    assert (await box.snapshot()).parent == begin.id
+    assert await box.changes() == []
+
+
+async def test_what_is_killed_to_go_back_cannot_outlive_it(make_box: MakeBox) -> None:
+    """Whether it forks, ignores signals, or has a session of its own."""
+    box = await make_box(policy=KEEPS)
+    begin = await box.snapshot()
+    script = """
+import os, signal, time
+for which in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
+    signal.signal(which, signal.SIG_IGN)
+for _ in range(20):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            while True:
+                pid = os.fork()
+                if pid == 0:
+                    open(f"by-{os.getpid()}", "w").close()
+                    os._exit(0)
+                os.waitpid(pid, 0)
+        os._exit(0)
+print("ready", flush=True)
+time.sleep(600)
+"""
+    process = await box.start_process([PYTHON, "-c", script])
+    assert await process.stdout.readline() == b"ready\n"
+    await box.restore(begin)
+    await asyncio.sleep(0.2)
+    assert (await box.exec(["sh", "-c", "ls; pgrep -c python || :"])).text == "file.txt\n0\n"
+
+
+async def test_a_layer_that_does_not_fit_kills_nothing(make_box: MakeBox, workspace: Path, tmp_path: Path) -> None:
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    wide = parse_policy(f"filesystem: {{write: ['{beside}']}}\n", source="test.yaml")
+    _, other = run(beside, "echo >new")
+    wider = await make_box(policy=wide)
+    await wider.exec(["sh", "-c", f"echo >{beside}/new"])
+    layer = await wider.snapshot()
+    box = await make_box(policy=KEEPS)
+    process = await box.start_process(["sh", "-c", "read _; echo goes on"])
+    for unfit, why in ((other, "is of the workspace"), (layer, "does not let be changed")):
+        with pytest.raises(RequestError, match=why):
+            await box.restore(unfit)
+    await process.write(b"\n")
+    assert await process.stdout.readline() == b"goes on\n"
+
+
+async def test_going_back_half_way_is_the_end(make_box: MakeBox, monkeypatch: pytest.MonkeyPatch) -> None:
+    box = await make_box(policy=KEEPS)
+    begin = await box.snapshot()
+    await box.exec(["sh", "-c", "for n in 1 2 3; do echo >$n; done"])
+    monkeypatch.setattr("corral.sandbox.asowner._BOOT", "print('ready', flush=True); import sys; sys.exit(1)")
+    with pytest.raises(CorralError):
+        await box.restore(begin)
+    assert (await asyncio.wait_for(box.wait_ended(), 10)).startswith("its files could not be set back: ")
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
@@ -369,3 +507,66 @@ def test_an_operator_goes_on(cli: CommandLine, workspace: Path) -> None:
     assert cli("apply", "--yes").returncode == 0
     assert sorted(os.listdir(workspace)) == ["file.txt", "one", "two"]
     assert cli.run("--on", "aaaaaaaa", "--", "true").returncode == 125
+
+
+def test_an_operator_keeps_states_of_what_runs(cli: CommandLine, workspace: Path) -> None:
+    script = "echo 1 >one; echo ready; read _; echo 2 >two; rm file.txt; echo ready; read _"
+    with cli.live("--", "sh", "-c", script) as (sandbox, process):
+        assert process.stdin is not None and process.stdout is not None
+        taken = []
+        for name in ("before \u202e it", ""):
+            assert process.stdout.readline() == b"ready\n"
+            answer = json.loads(cli("snapshot", sandbox, "--name", name, "--json").stdout)
+            assert answer["name"] == name
+            taken.append(answer["layer"])
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+        assert process.wait(30) == 0
+    rows = json.loads(cli("diff", *taken, "--json").stdout)
+    assert {(os.path.basename(row["path"]), row["kind"]) for row in rows} == {("two", "added"), ("file.txt", "deleted")}
+    rows = json.loads(cli("snapshot", "--list", "--json").stdout)
+    assert [(row["id"], row["parent"]) for row in rows] == [
+        (taken[0], None),
+        (taken[1], taken[0]),
+        (sandbox, taken[1]),
+    ]
+    tree = cli("snapshot", "--list", sandbox).stdout.decode()
+    assert taken[0] in tree and "\u202e" not in tree
+    assert cli("snapshot", sandbox).returncode == 125  # it has ended
+    assert cli("snapshot").returncode == 125
+    assert cli("run", "--on", taken[0], "--", "ls").stdout == b"file.txt\none\n"
+
+
+def test_an_operator_sets_files_back(cli: CommandLine, workspace: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("filesystem: {restore_keeps: ['/**/dash', '/**/sh', '/**/bash']}\n")
+    script = "echo ready; read _; echo 1 >one; rm file.txt; echo ready; read _; ls"
+    with cli.live("--policy", str(policy), "--", "sh", "-c", script) as (sandbox, process):
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        layer = cli("snapshot", sandbox).stdout.decode().strip()
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"ready\n"
+        assert cli("restore", sandbox, layer).returncode == 0
+        assert cli("restore", sandbox, "aaaaaaaa").returncode == 125
+        out, err = process.communicate(b"\n", 30)
+    assert (process.returncode, out) == (0, b"file.txt\n")
+    assert f"set back to the layer {layer}".encode() in err
+
+
+def test_an_operator_forks_what_runs(cli: CommandLine, workspace: Path) -> None:
+    script = "echo 1 >one; echo ready; read _; ls; cat one"
+    with cli.live("--", "sh", "-c", script) as (sandbox, process):
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        script = "cat one; echo 2 >one; echo >two; pgrep -c sh; exit 7"
+        done = cli("fork", "--discard", sandbox, "--", "sh", "-c", script)
+        assert (done.returncode, done.stdout) == (7, b"1\n1\n")
+        assert cli("fork", sandbox, "--", "sh", "-c", "echo 3 >three").returncode == 0
+        out, _ = process.communicate(b"\n", 30)
+    assert out == b"file.txt\none\n1\n"
+    kept = json.loads(cli("snapshot", "--list", "--json").stdout)
+    assert len(kept) == 2  # of the second fork, and of the run: the snapshots were for the forks only
+    assert cli("fork", sandbox, "--", "true").returncode == 125
+    assert cli("fork", sandbox).returncode in (2, 125)

@@ -399,3 +399,42 @@ def test_a_python_prompt(screen: Open) -> None:
     python.type("import sys; sys.stdout.isatty() and sys.exit(6)\r")
     assert python.exit_code() == 6
     assert python.modes() == python.before
+
+
+# ---- when there is no room for what it has changed ----
+
+FULL = """
+import os
+from corral.sandbox import copying
+copying.spare_bytes = lambda fd: -1 if os.path.exists("full") else 1 << 40
+"""
+
+
+@pytest.mark.parametrize("how", ["room is made", "ctrl-c"])
+def test_what_cannot_be_kept_waits_for_the_person_at_the_terminal(cli: CommandLine, how: str) -> None:
+    (cli.workspace / "full").touch()
+    words = [sys.executable, "-c", f"{FULL}from corral.cli import main; main()", "run", "--", "sh", "-c", "echo 1 >new"]
+    screen = Screen(words, env=cli.env, cwd=cli.workspace)
+    try:
+        screen.wait_for("still in memory, and this is tried again")
+        layers = cli.state / "corral" / "layers"
+        assert not list(layers.glob("*/"))
+        if how == "room is made":
+            (cli.workspace / "full").unlink()
+            screen.wait_for("1 change kept")
+            assert screen.exit_code() == 0
+        else:
+            screen.type("\x03")
+            screen.wait_for("were not kept, and are lost")
+            assert screen.exit_code() == 130
+            assert not list(layers.glob("*/"))
+    finally:
+        screen.close()
+
+
+def test_where_nobody_is_what_cannot_be_kept_is_told(cli: CommandLine) -> None:
+    (cli.workspace / "full").touch()
+    cli.command = [sys.executable, "-c", f"{FULL}from corral.cli import main; main()"]
+    done = cli.run("--", "sh", "-c", "echo 1 >new")
+    assert done.returncode == 125
+    assert b"make room" in done.stderr and b"They are lost" in done.stderr

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import corral
@@ -19,8 +20,10 @@ from corral.errors import CorralError
 from corral.log import writer
 from corral.log.verify import verify_log
 from corral.log.writer import Log, LogUnwritable
-from tests.unit.logs import KEY, checkpoint, contents
+from tests.unit.logs import KEY, checkpoint, contents, entry
 
+CRASHED = 700
+"""Entries that were durable in a log that has to be mended."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -121,40 +124,76 @@ class Session:
         raise AssertionError("a log took an entry after it had been closed")
 
 
-def faults(place: Path, first: int, step: int) -> None:
-    """Lets one system call after another that changes a file of a log fail: with EIO once, or, every third, with ENOSPC
-    from then on. Prints as JSON what was wrong with the log after that, and how many calls there were."""
+def faults(place: Path, first: int, step: int, crashed: Path | None = None) -> None:
+    """Lets one system call after another on a file of a log fail: with EIO once, or, every third, with ENOSPC from then
+    on. The log is a new one, or a copy of one that has to be mended first. Prints as JSON what was wrong with the log
+    after that, and how many calls there were."""
     writer._SEGMENT = 2000
-    shim = ctypes.CDLL(None)
-    shim.fault_calls.restype = ctypes.c_long
-    shim.fault_arm.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_int]
     problems: list[str] = []
     directory = place / "log"
     at, most, failures = first, sys.maxsize, 0
     while at < most:
         for number, sticky in ((errno.EIO, 0), (errno.ENOSPC, 1))[: 1 + (at % 3 == 0)]:
             shutil.rmtree(directory, ignore_errors=True)
+            if crashed is not None:
+                shutil.copytree(crashed, directory)
             session = Session()
-            shim.fault_arm(os.fsencode(directory), at, number, sticky)
-            session.run(directory)
-            calls = shim.fault_calls()
-            shim.fault_arm(os.fsencode(directory), -1, 0, 0)
-            most = min(most, abs(calls)) if calls > 0 else most
+            with faulty(directory, at, number, sticky) as calls:
+                session.run(directory)
+            most = min(most, abs(calls[0])) if calls[0] > 0 else most
             failures += session.failed or not session.opened
-            problems += [f"call {at}, error {number}: {each}" for each in _problems(directory, session)]
+            problems += [f"call {at}, error {number}: {each}" for each in _problems(directory, session, crashed)]
         at += step
     print(json.dumps({"calls": at, "failures": failures, "problems": problems}))
 
 
-def _problems(directory: Path, session: Session) -> list[str]:
-    """What is wrong with a log that is opened again and written to, after a session that may have failed."""
+def short_writes(place: Path, crashed: Path) -> None:
+    """The same where nothing fails, but no write writes more than half of what it is given."""
+    writer._SEGMENT = 2000
+    problems: list[str] = []
+    failures = count = 0
+    for start in (None, crashed):
+        directory = place / str(count)
+        if start is not None:
+            shutil.copytree(start, directory)
+        session = Session()
+        with faulty(directory, 0, 0, 1) as calls:
+            session.run(directory)
+        count += abs(calls[0])
+        failures += session.failed or not session.opened
+        problems += _problems(directory, session, start)
+    print(json.dumps({"calls": count, "failures": failures, "problems": problems}))
+
+
+@contextlib.contextmanager
+def faulty(directory: Path, at: int, number: int, sticky: int) -> Iterator[list[int]]:
+    """Calls on files below the directory fail meanwhile, as ``fault_arm`` says. Tells how many there were, below 0
+    where one failed, when that is over."""
+    shim = ctypes.CDLL(None)
+    shim.fault_calls.restype = ctypes.c_long
+    shim.fault_arm.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_int]
+    calls: list[int] = []
+    shim.fault_arm(os.fsencode(directory), at, number, sticky)
+    try:
+        yield calls
+    finally:
+        calls.append(shim.fault_calls())
+        shim.fault_arm(os.fsencode(directory), -1, 0, 0)
+
+
+def _problems(directory: Path, session: Session, crashed: Path | None) -> list[str]:
+    """What is wrong with a log that is opened again and written to, after a session that may have failed, in a copy of
+    one that had to be mended before that."""
     earlier = [checkpoint(directory)] if (directory / "checkpoint").exists() else []
+    earlier += [(crashed / "journal" / "checkpoint").read_bytes()] if crashed is not None else []
+    expected = [entry(number) for number in range(CRASHED if crashed is not None else 0)]
     with Log(directory, KEY, checkpoint_every=3600) as log:
         number = log.append(b"again")
     found = contents(directory)
     report = verify_log(directory, [KEY.verifier], earlier=earlier)
     return [
         *map(str, report.faults),
+        *(["what was there before is not"] if found[: len(expected)] != expected else []),
         *(f"entry {number} is not {entry!r}" for number, entry in session.promised.items() if found[number] != entry),
         *(f"{entry!r} was told {times} times" for entry, times in session.told.items() if times != 1),
         *(["an entry is there twice"] if len(set(found)) != len(found) else []),
@@ -169,6 +208,8 @@ if __name__ == "__main__":
     if program == "append":
         append(Path(rest[0]), rest[1], int(rest[2]), int(rest[3]))
     elif program == "faults":
-        faults(Path(rest[0]), int(rest[1]), int(rest[2]))
+        faults(Path(rest[0]), int(rest[1]), int(rest[2]), *map(Path, rest[3:]))
+    elif program == "short_writes":
+        short_writes(Path(rest[0]), Path(rest[1]))
     else:
         sys.exit(f"no such program: {program}")

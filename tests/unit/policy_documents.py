@@ -145,6 +145,11 @@ DOCUMENTS: st.SearchStrategy[Document] = _section(
         processes=st.integers(1, 4_194_304),
         wall_time=st.floats(0.001, 1000) | st.sampled_from(["90s", "2h"]),
     ),
+    layers=_section(
+        keep_for=st.floats(0.001, 1000) | st.just("30d"),
+        snapshot_bytes=st.integers(1 << 20, 1 << 50),
+        total_bytes=st.just("20GiB"),
+    ),
     environment=_section(
         allow=st.lists(VARIABLES | VARIABLES.map(lambda name: f"{name}*"), max_size=3),
         set=st.dictionaries(VARIABLES, st.text(st.characters(codec="utf-8", exclude_characters="\0")), max_size=3),

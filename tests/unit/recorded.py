@@ -21,7 +21,8 @@ from corral.actions import (
     Transport,
     Verdict,
 )
-from corral.log.events import Event, ExecEnded, ExecStarted, SessionEnded, SessionStarted
+from corral.approvals.queue import Ending, Scope
+from corral.log.events import Approval, Event, ExecEnded, ExecStarted, SessionEnded, SessionStarted
 from corral.log.ocsf import Context
 from corral.log.records import Record, decode, encode
 
@@ -55,6 +56,16 @@ def decision(
 
 def flow(host: str = "example.test", up: int = 10) -> Flow:
     return Flow(ORIGIN, Endpoint(Transport.TCP, "192.0.2.1", 443, host), "network.allow[0]", START, 1.5, up, 20)
+
+
+def approval(said: str = "anna", ending: Ending = Ending.ANSWERED, **fields: object) -> Approval:
+    """Of question 3, asked 2.5 s before its end."""
+    verdict = Verdict.ALLOW if ending is Ending.ANSWERED else Verdict.DENY
+    made = Approval(
+        ORIGIN, 3, Kind.NET_CONNECT, "sha256:ab", f"net.connect {said}", said, ending, verdict, Scope.ONCE, 3, said,
+        said, START, START + 2.5, 300.0,
+    )  # fmt: skip
+    return replace(made, **fields)  # type: ignore[arg-type]
 
 
 def session(*events: Event) -> list[Event]:

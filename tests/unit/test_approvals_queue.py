@@ -38,7 +38,7 @@ from corral.actions import (
 )
 from corral.approvals import queue as queues
 from corral.approvals import waiting
-from corral.approvals.queue import Queue, Scope
+from corral.approvals.queue import Ended, Ending, Queue, Scope
 from corral.cli import pending as commands
 from corral.errors import RequestError
 from corral.monitor.parts import Answer
@@ -446,6 +446,73 @@ def test_an_owner_that_fails_ends_the_sandbox(make: Make, hooks: Hooks) -> None:
     queue.ask(connect(), OPINION, told)
     queue.answer(1, Verdict.DENY, "anna")
     assert len(hooks.killed) == 2 and told.wait().verdict is Verdict.DENY
+
+
+class Register:
+    """Keeps what it is told, with how many answers had been told by then; or fails."""
+
+    def __init__(self, told: Told, error: Exception | None = None) -> None:
+        self.told, self.error = told, error
+        self.kept: list[tuple[Ended, int]] = []
+
+    def question_ended(self, ended: Ended) -> None:
+        if self.error is not None:
+            raise self.error
+        self.kept.append((ended, len(self.told.answers)))
+
+
+@pytest.mark.parametrize("ending", Ending)
+def test_how_a_question_ended_is_recorded_before_its_caller_is_told(make: Make, ending: Ending) -> None:
+    told = Told()
+    register = Register(told)
+    queue = make(0.02 if ending is Ending.TIMED_OUT else LONG, registers=[register])
+    before = time.time()
+    held = queue.ask(connect(), OPINION, told)
+    (question,) = queue.waiting() or (None,)
+    if ending is Ending.ANSWERED:
+        queue.answer(1, Verdict.ALLOW, "anna", reason="because")
+        with pytest.raises(RequestError):
+            queue.answer(1, Verdict.DENY, "bert")
+    elif ending is Ending.TIMED_OUT:
+        told.wait()
+    elif ending is Ending.WITHDRAWN:
+        held.withdraw()
+        held.withdraw()
+    queue.close()
+    ((ended, answers),) = register.kept
+    assert (ended.ending, answers, ended.through) == (ending, 0, 1)
+    assert question is None or ended.question == question
+    assert before <= ended.question.asked_at <= ended.at
+    assert ended.timeout == (0.02 if ending is Ending.TIMED_OUT else LONG)
+    if ending is Ending.ANSWERED:
+        assert ended.answer == Answer(Verdict.ALLOW, "anna", "because")
+    else:
+        assert (ended.answer.verdict, ended.answer.by) == (Verdict.DENY, "nobody")
+
+
+def test_all_that_an_answer_for_the_session_answers_is_recorded_with_its_question(make: Make) -> None:
+    told = Told()
+    register = Register(told)
+    queue = make(registers=[register])
+    for port in (80, 80, 81):
+        queue.ask(connect(port), OPINION, Told())
+    queue.answer(2, Verdict.ALLOW, "anna", scope=Scope.SESSION)
+    assert [(each.question.number, each.through, each.scope) for each, _ in register.kept] == [
+        (2, 2, Scope.SESSION),
+        (1, 2, Scope.SESSION),
+    ]
+
+
+def test_an_answer_that_cannot_be_recorded_is_no_and_ends_the_sandbox(make: Make, hooks: Hooks) -> None:
+    told, other = Told(), Told()
+    queue = make(registers=[Register(told, OSError("a secret"))])
+    queue.ask(connect(), OPINION, told)
+    queue.ask(connect(81), OPINION, other).withdraw()
+    with pytest.raises(RequestError, match="cannot be recorded, so the action is denied"):
+        queue.answer(1, Verdict.ALLOW, "anna")
+    assert told.wait().verdict is Verdict.DENY
+    assert hooks.killed == ["its records cannot be written (OSError)"] * 2
+    assert not other.answers
 
 
 def test_an_answer_may_ask_again(make: Make) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterator
-from dataclasses import replace
+import sqlite3
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import asdict, fields, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,14 +20,16 @@ from hypothesis import strategies as st
 from corral.actions import Access, Action, Decision, Endpoint, File, Kind, Origin, Process, Program, Transport, Verdict
 from corral.errors import RequestError
 from corral.log import index as index_module
-from corral.log.events import SessionEnded
+from corral.log import parquet
+from corral.log.events import PayloadErased, SessionEnded
 from corral.log.export import FORMS
 from corral.log.index import IndexFault, LogIndex
 from corral.log.note import KeyFile, KeyType
 from corral.log.ocsf import Context
+from corral.log.parquet import SCHEMA_VERSION, ExportFault, schema, write_parquet
 from corral.log.query import Filter, parse_filter
 from corral.log.reader import Reader
-from corral.log.records import encode, summary
+from corral.log.records import Summary, encode, summary
 from corral.log.writer import Log
 
 KEY = KeyFile("log.example/one", KeyType.ED25519, b"k" * 32)
@@ -52,6 +60,7 @@ def entry(number: int, text: str = "") -> bytes:
 ENTRIES = [
     *(entry(number) for number in range(60)),
     *(entry(60 + at, text) for at, text in enumerate(HOSTILE)),
+    encode(PayloadErased("ab", "anna (uid 7)", "x"), CONTEXT, sequence=98, at=1999.0, monotonic_ns=1),
     encode(SessionEnded("closed"), CONTEXT, sequence=99, at=2000.0, monotonic_ns=1),
 ]
 
@@ -144,6 +153,19 @@ def test_the_index_of_another_log_or_of_a_longer_one_is_refused(reader: Reader, 
         assert index.rebuild(Reader(tmp_path / "same")) == 1
 
 
+def test_an_index_of_another_version_is_refused_and_made_again(reader: Reader, tmp_path: Path) -> None:
+    """Its tables may be others, too."""
+    with closing(sqlite3.connect(tmp_path / "index")) as old, old:
+        old.execute("CREATE TABLE records (number INTEGER PRIMARY KEY, event TEXT)")
+        old.execute("CREATE TABLE state (version INTEGER, log TEXT, next INTEGER)")
+        old.execute("INSERT INTO state VALUES (1, 'x', 1)")
+    with LogIndex(tmp_path / "index") as index:
+        with pytest.raises(IndexFault, match="another version"):
+            index.update(reader)
+        assert index.rebuild(reader) == len(ENTRIES)
+        assert list(index.find(parse_filter(["by=anna*"]))) == [len(ENTRIES) - 2]
+
+
 def test_what_is_no_database_is_an_error_without_passwords(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no database" * 100)
     for where in (
@@ -219,6 +241,20 @@ def test_times_before_now() -> None:
     assert (wanted.since, wanted.until) == (2_800_000_000, 8_200_000_000)
 
 
+def test_some_entries_are_read_by_their_numbers_while_the_log_grows(tmp_path: Path) -> None:
+    """In order, again, backwards; those in tiles that are full by now, and those that are not there."""
+    with Log(tmp_path / "log", KEY) as log:
+        log.append(ENTRIES[0])
+        reader = Reader(tmp_path / "log")
+        for size in (200, 300, 1000):
+            log.seal()
+            for number in range(len(list(reader.entries())), size):
+                log.append(b"%d" % number) if number == size - 1 else log.submit(b"%d" % number)
+            for numbers in ([1, 150, 199], [299, 5, 5, 256, 999, 10**9], [*range(size)]):
+                expected = [(each, b"%d" % each) for each in numbers if 0 < each < size]
+                assert [each for each in reader.some(numbers) if each[0]] == expected
+
+
 # ---- other forms ----
 
 
@@ -263,3 +299,80 @@ def test_syslog() -> None:
     (line,) = FORMS["syslog"]([(7, entry(61, 'a"b]c\\'))])
     assert line.startswith('<108>1 1970-01-01T00:17:41.000000Z - corral 101 net.connect [corral@32473 number="7" ')
     assert r'rule="net.connect.rulea\"b\]c\\"' in line
+
+
+# ---- Parquet ----
+
+
+def exported(entries: Iterable[tuple[int, bytes]]) -> pyarrow.parquet.ParquetFile:
+    """What a reader makes of it, written through something that is no file on a disk."""
+    written = io.BytesIO()
+    written.seek = written.tell = None  # type: ignore[assignment]
+    count = write_parquet(written, entries)
+    found = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(written.getvalue()))
+    assert found.metadata.num_rows == count
+    return found
+
+
+def test_parquet_says_what_the_log_says(reader: Reader) -> None:
+    found = exported(reader.entries())
+    assert found.schema_arrow.metadata[b"corral.schema"] == b"1"
+    rows = found.read().to_pylist()
+    assert [row.pop("record").encode() for row in rows] == ENTRIES
+    for number, (row, entry) in enumerate(zip(rows, ENTRIES, strict=True)):
+        expected = asdict(summary(entry))
+        expected["time"] = datetime.fromtimestamp(0, UTC) + timedelta(microseconds=expected.pop("at"))
+        assert row == {"number": number, **expected}
+
+
+def test_the_columns_of_parquet_are_stable() -> None:
+    """Others read them by name and type: whoever changes one raises SCHEMA_VERSION."""
+    assert SCHEMA_VERSION == 1
+    texts = "event session sandbox agent agent_version policy_hash action verdict rule decider exe destination path by"
+    numbers = "sequence class_uid step exec count pid"
+    assert [(each.name, str(each.type), each.nullable) for each in schema()] == [
+        ("number", "int64", False),
+        ("time", "timestamp[us, tz=UTC]", False),
+        *((name, "string", False) for name in texts.split()),
+        *((name, "int64", False) for name in numbers.split()),
+        ("record", "string", False),
+    ]
+    assert {each.name for each in schema()} == {each.name for each in fields(Summary)} - {"at"} | {
+        "number",
+        "time",
+        "record",
+    }
+    assert exported([]).schema_arrow.equals(schema(), check_metadata=False)
+
+
+def test_parquet_is_written_in_groups_as_entries_come(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that memory does not grow with the log: of entries that are few, and of those that are long."""
+    monkeypatch.setattr(parquet, "ROWS", 20)
+    assert exported(reader.entries()).num_row_groups == -(-len(ENTRIES) // 20)
+    monkeypatch.setattr(parquet, "GROUP_BYTES", 1)
+    taken = 0
+    written = io.BytesIO()
+
+    def given() -> Iterator[tuple[int, bytes]]:
+        nonlocal taken
+        last = 0
+        for number, entry in reader.entries():
+            assert number < 2 or len(written.getvalue()) > last, "what was taken is not written before the next"
+            last = len(written.getvalue())
+            taken += 1
+            yield number, entry
+
+    assert write_parquet(written, given()) == taken == len(ENTRIES)
+
+
+def test_without_pyarrow_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(RequestError, match=r"pip install 'corral\[parquet\]'"):
+        write_parquet(io.BytesIO(), [])
+
+
+def test_what_does_not_fit_the_columns_is_named() -> None:
+    values = json.loads(ENTRIES[0])
+    values["unmapped"]["corral"]["fields"]["count"] = 2**70
+    with pytest.raises(ExportFault, match="records 7 to 7"):
+        write_parquet(io.BytesIO(), [(7, json.dumps(values).encode())])

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any
 
 import jsonschema
@@ -38,8 +39,11 @@ from corral.actions import (
     Verb,
     Verdict,
 )
+from corral.approvals.queue import Ending, Scope
+from corral.log.approval import action_hash
 from corral.log.events import (
     ApplyEnded,
+    Approval,
     Event,
     ExecEnded,
     ExecStarted,
@@ -49,6 +53,7 @@ from corral.log.events import (
     PayloadErased,
     PayloadKept,
     PayloadLost,
+    PolicyChanged,
     SessionEnded,
     SessionStarted,
 )
@@ -130,7 +135,25 @@ LIFE = (
         PayloadKept, ORIGINS, st.sampled_from(Content), HOSTILE, NUMBERS, st.booleans(), HOSTILE, NUMBERS, st.booleans()
     )
 )
-EVENTS = DECISIONS | FLOWS | LIFE
+PERSONS = st.builds(
+    Approval,
+    ORIGINS,
+    NUMBERS,
+    st.sampled_from(Kind),
+    HOSTILE,
+    HOSTILE,
+    HOSTILE,
+    st.sampled_from(Ending),
+    st.sampled_from(Verdict),
+    st.sampled_from(Scope),
+    NUMBERS,
+    HOSTILE,
+    HOSTILE,
+    MOMENTS,
+    MOMENTS,
+    MOMENTS,
+) | st.builds(PolicyChanged, HOSTILE, HOSTILE, HOSTILE, st.lists(HOSTILE, max_size=4).map(tuple))
+EVENTS = DECISIONS | FLOWS | LIFE | PERSONS
 
 
 def encoded(event: Event, context: Context = CONTEXT) -> bytes:
@@ -151,7 +174,7 @@ def validators() -> dict[int, Any]:
     """A validator for each class, by its number."""
     schema = OcsfJsonSchemaEmbedded(get_ocsf_schema(version=VERSION))
     found = {}
-    for uid in (1001, 1003, 1007, 4001, 4002, 4003, 6002, 6003):
+    for uid in (1001, 1003, 1007, 3004, 4001, 4002, 4003, 6002, 6003):
         name = schema.lookup_class_name_from_uid(class_uid=uid)
         found[uid] = jsonschema.Draft202012Validator(schema.get_class_schema(class_name=name, profiles=PROFILES))
     return found
@@ -196,6 +219,13 @@ def kinds_of_events() -> Iterator[Event]:
     )
     yield PayloadLost(Content.REFUSED_FLOW, 3, "too many")
     yield PayloadErased("ab", "me", "asked to")
+    for ending, verdict in ((Ending.ANSWERED, Verdict.ALLOW), (Ending.TIMED_OUT, Verdict.DENY)):
+        yield Approval(
+            origin, 3, Kind.NET_CONNECT, "sha256:ab", "net.connect x", "rule", ending, verdict, Scope.SESSION, 3,
+            "anna (uid 1000, pid 7)", "", 1.5, 2.5, 300.0,
+        )  # fmt: skip
+    yield PolicyChanged("sha256:ab", "sha256:cd", "anna", ("network.allow: added 1",))
+    yield PolicyChanged("", "sha256:cd", "anna", ())
 
 
 @pytest.mark.parametrize("event", list(kinds_of_events()), ids=lambda event: type(event).__name__)
@@ -235,11 +265,32 @@ def test_a_summary_says_the_same_as_the_whole(event: Event) -> None:
     entry = encoded(event)
     short, whole = summary(entry), decode(entry)
     assert (short.sequence, short.at, short.session) == (7, whole.at, whole.context.session)
+    if isinstance(whole.event, Approval):
+        assert (short.action, short.by) == ("approval", whole.event.by)
+        assert short.verdict == whole.event.verdict.name.lower()
     if isinstance(whole.event, Decision):
         decision = whole.event
         assert short.action == decision.action.name
         assert short.verdict == decision.verdict.name.lower()
         assert (short.rule, short.step) == (decision.rule, decision.action.origin.step)
+
+
+def test_the_hash_of_an_action_can_be_computed_from_the_record_of_its_decision() -> None:
+    """By whoever has the record: it ties an approval to what was approved."""
+    decision = next(each for each in kinds_of_events() if isinstance(each, Decision))
+    for action in (decision.action, replace(decision.action, origin=Origin("other", "other"))):
+        own = json.loads(encoded(replace(decision, action=action)))["unmapped"]["corral"]["fields"]
+        form = rfc8785.dumps({"kind": own["kind"], "subject": own["subject"]})
+        assert action_hash(action) == f"sha256:{sha256(form).hexdigest()}"
+
+
+def test_the_hash_of_an_action_is_of_all_of_it() -> None:
+    """A record cuts what is long and what is no text; two actions that differ there only are two."""
+    programs = [
+        Program("/bin/sh", ("sh", "x" * 100_000 + end, *("y",) * 1000, other))
+        for end, other in (("a", "\udcff"), ("b", "\udcff"), ("a", "\udcfe"), ("a", "\ufffd"))
+    ]
+    assert len({action_hash(Action(Kind.PROCESS_EXEC, each, Origin("b", "s"))) for each in programs}) == 4
 
 
 def test_ten_mebibytes_of_arguments_are_cut_and_said_to_be() -> None:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 import corral.log.review as review_module
 from corral.actions import Action, Endpoint, Kind, Transport, Verdict
+from corral.approvals.queue import Ending, Scope
 from corral.errors import RequestError
 from corral.log.digest import Denial, Digest, Miss
-from corral.log.events import Event, LogRecovered
+from corral.log.events import Event, LogRecovered, PolicyChanged
 from corral.log.frequent import Frequent
 from corral.log.outliers import FEWEST, THRESHOLD, scores
 from corral.log.records import encode
@@ -24,6 +25,7 @@ from tests.unit.recorded import (
     CONTEXT,
     ORIGIN,
     START,
+    approval,
     change,
     connect,
     decision,
@@ -168,6 +170,23 @@ def test_near_misses() -> None:
     ]
 
 
+def test_what_persons_answered_and_which_policies_changed() -> None:
+    change_of_policy = PolicyChanged("sha256:" + "a" * 64, "sha256:" + "b" * 64, "anna", tuple("abcdefghijklm"))
+    nobody = approval("nobody", Ending.TIMED_OUT)
+    digest = reviewed(
+        before(approval(), change_of_policy), during(approval(scope=Scope.SESSION), nobody, change_of_policy)
+    )
+    assert [(each.outcome, each.by, each.waited) for each in digest.answers] == [
+        ("allow, session", "anna", 2.5),
+        ("timed out", "nobody", 2.5),
+    ]
+    (changed,) = digest.policy_changes
+    assert (digest.answer_count, digest.policy_change_count) == (2, 1)
+    assert changed.by == "anna" and len(changed.changes) == 11 and changed.changes[-1] == "and 3 more"
+    text = "\n".join(report_text(digest))
+    assert "allow, session" in text and "aaaaaaaaaaaaaaaa  bbbbbbbbbbbbbbbb" in text and "a; b; c" in text
+
+
 def test_the_logs_own_health() -> None:
     entries = during(flow(), flow(), flow())
     own = encode(LogRecovered("7 bytes"), CONTEXT, sequence=0, at=START + 9, monotonic_ns=0)
@@ -273,6 +292,8 @@ def full(text: str) -> Digest:
         decision(connect(text), DENY, text),
         decision(connect(text), DENY, text, decider="approvals", answered_by=text),
         LogRecovered(text),
+        approval(text),
+        PolicyChanged(text, text, text, (text,)),
     )
     return reviewed(*usual, during(*events, name=f"odd {text}", agent=text))
 
@@ -281,6 +302,7 @@ def full(text: str) -> Digest:
 def test_reports_print_hostile_text_harmlessly(text: str) -> None:
     digest, plain = full(text), full("plain")
     assert digest.outliers and digest.troubles and digest.near_misses and digest.denials
+    assert digest.answers and digest.policy_changes
     assert all(line.isprintable() for line in report_text(digest))
     content = "".join(report_html(digest))
     assert content.replace("\n", "").isprintable()

@@ -25,6 +25,7 @@ from corral.actions import (
     Verb,
     Verdict,
 )
+from corral.approvals.queue import Ending, Scope
 from corral.errors import RequestError
 from corral.log.events import (
     ApplyEnded,
@@ -37,6 +38,7 @@ from corral.log.events import (
     PayloadErased,
     PayloadKept,
     PayloadLost,
+    PolicyChanged,
     SessionEnded,
     SessionStarted,
 )
@@ -51,6 +53,7 @@ from tests.unit.recorded import (
     ORIGIN,
     START,
     Shelf,
+    approval,
     change,
     connect,
     decision,
@@ -93,6 +96,20 @@ def told() -> Iterator[tuple[Event, ItemKind, str]]:
     yield decision(change("/work/a")), ItemKind.FILE_CHANGE, "file.open /work/a"
     answered = decision(connect(), Verdict.DENY, decider="approvals", answered_by="ann", held=2.5)
     yield answered, ItemKind.APPROVAL, "net.connect example.test:443, answered by ann after 2.5 s"
+    yes = "question 3 approved by anna after 2.5 s"
+    yield approval(), ItemKind.APPROVAL, f"{yes}: net.connect anna"
+    granted = approval(scope=Scope.SESSION, through=2)
+    yield granted, ItemKind.APPROVAL, f"{yes}, for the session, with question 2: net.connect anna"
+    killed = "question 3 denied, with the end of the sandbox, by anna after 2.5 s: net.connect anna"
+    yield approval(verdict=Verdict.KILL), ItemKind.APPROVAL, killed
+    nobody = "question 3 to persons, nobody answered in time (after 2.5 s): net.connect nobody"
+    yield approval("nobody", Ending.TIMED_OUT), ItemKind.APPROVAL, nobody
+    gone = "question 3 to persons, whoever tried it was gone before the answer (after 2.5 s): net.connect nobody"
+    yield approval("nobody", Ending.WITHDRAWN), ItemKind.APPROVAL, gone
+    another = "the session begins under another policy than before, by anna"
+    yield PolicyChanged("a", "b", "anna", ("x", "y")), ItemKind.LIFECYCLE, another
+    first = "the session begins under a policy that is not known here yet, by anna"
+    yield PolicyChanged("", "b", "anna", ()), ItemKind.LIFECYCLE, first
     yield other(Kind.NET_RESOLVE, replace(ENDPOINT, port=0)), ItemKind.FLOW, "net.resolve example.test:0"
     request = other(Kind.HTTP_REQUEST, Request(ENDPOINT, "GET", "/a"))
     yield request, ItemKind.FLOW, "http.request GET example.test:443/a"
@@ -259,10 +276,12 @@ def test_whatever_a_record_says_items_are_printable_and_in_their_place(text: str
         flow(text),
         ExecStarted(1, (text, text), text, 0),
         SessionStarted(text, text, text),
+        approval(text),
+        PolicyChanged(text, text, text, (text, text)),
     ]
     found = Timeline(Shelf(written(events, at=START + 5)), "session-1")
-    assert [item.offset for item in found] == [0.0, 1.0, 2.0, 3.0, 4.0] and not found.missing
-    assert [item.at for item in found] == [START + 5 + offset for offset in range(5)]
+    assert [item.offset for item in found] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0] and not found.missing
+    assert [item.at for item in found] == [START + 5 + offset for offset in range(7)]
     for item in found:
         assert item.line.isprintable()
         assert all(detail.text.replace("\n", "").isprintable() and detail.name.isprintable() for detail in item.details)

@@ -264,6 +264,22 @@ class Slow(Recent):
             self.asked()
 
 
+def test_a_persons_yes_is_durable_before_its_effect_whatever_the_kind() -> None:
+    """A policy may name kinds for whose records nobody waits; who allowed something must not be lost all the same."""
+    slow, persons = Slow(), Persons()
+    slow.unawaited = frozenset(Kind)
+    decided: list[Decision] = []
+    monitor = Monitor(policy=Says(ASK), sink=slow, ledgers=(slow,), approvals=persons)
+    monitor.submit(action(), decided.append)
+    time.sleep(0.001)
+    persons.asked[0][2](Answer(ALLOW, "anna"))
+    assert not decided and len(slow.waiting) == 1
+    slow.waiting[0](None)
+    assert [each.verdict for each in decided] == [ALLOW]
+    Monitor(policy=Says(ALLOW), sink=slow, ledgers=(slow,)).submit(action(), decided.append)
+    assert len(decided) == 2 and len(slow.waiting) == 1
+
+
 @pytest.mark.parametrize("when", ["after the answer", "while it is answered", "with the question"])
 def test_what_is_withdrawn_while_its_record_is_written_is_not_told(when: str) -> None:
     """A person has said yes, the record is not durable yet, and the caller goes away."""

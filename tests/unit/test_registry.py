@@ -35,6 +35,8 @@ class StandIn:
     """As much of a Core as the server uses. Requests to the launcher are encoded, as the real one does."""
 
     supervision: Any  # given by tests that need one
+    snapshots: Any
+    is_kept_still = False
 
     class prepared:  # noqa: N801 - stands for an attribute
         id = "standinx"

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
+from typing import Protocol, runtime_checkable
 
 from corral.actions import Action, Opinion, Program, Verdict
 from corral.errors import RequestError
 from corral.monitor.parts import Answer, Held
+from corral.monitor.records import unwritable
 
 MAX_HELD = 10_000
 """Questions of one sandbox that may wait at the same time; what comes on top is denied."""
@@ -63,6 +65,45 @@ class Outcome:
     """Questions that it answered: more than one where equal ones waited and the answer is for the session."""
 
 
+class Ending(Enum):
+    """How a question came to its end."""
+
+    ANSWERED = "answered"
+    TIMED_OUT = "timed_out"
+    """Nobody answered in time."""
+    WITHDRAWN = "withdrawn"
+    """Whoever tried it was gone before the answer."""
+    CLOSED = "closed"
+    """Its sandbox ended before the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A question that has come to its end."""
+
+    question: Question
+    ending: Ending
+    answer: Answer
+    """What its caller is told; nobody's, and no, where it was not answered."""
+    scope: Scope
+    through: int
+    """The number of the question that was answered: its own, or that of an equal one, where the answer was for the
+    session."""
+    timeout: float
+    """Seconds within which it was to be answered."""
+    at: float
+    """Seconds since the epoch."""
+
+
+@runtime_checkable
+class Register(Protocol):
+    """Takes how questions ended, for good."""
+
+    def question_ended(self, ended: Ended) -> None:
+        """Called before the caller is told. Raises where it cannot be recorded; the sandbox then ends, and a yes is a
+        no."""
+
+
 class _Filed:
     """A question with whom to tell."""
 
@@ -98,6 +139,7 @@ class Queue:
     ``timeout`` is in seconds. ``kill`` ends the sandbox, from any thread: called when an answer cannot be told to the
     one who waits for it. ``on_change`` is called, from any thread and without arguments, whenever the queue may have
     become empty or is no longer empty; whoever freezes the sandbox while something is held compares :attr:`held` then.
+    ``registers`` are told of each question that has ended before its caller is, by the same thread.
     """
 
     def __init__(
@@ -107,8 +149,10 @@ class Queue:
         kill: Callable[[str], None],
         on_change: Callable[[], None] = lambda: None,
         limit: int = MAX_HELD,
+        registers: Sequence[Register] = (),
     ) -> None:
         self._timeout, self._kill, self._on_change, self._limit = timeout, kill, on_change, limit
+        self._registers = tuple(registers)
         self._changed = threading.Condition()
         # All wait equally long, so the order of filing is the order of the deadlines.
         self._filed: dict[int, _Filed] = {}
@@ -164,7 +208,7 @@ class Queue:
 
     def answer(self, number: int, verdict: Verdict, by: str, *, scope: Scope = Scope.ONCE, reason: str = "") -> Outcome:
         """Answers a question: ALLOW, DENY or KILL. Raises RequestError where it does not wait (any more), or the
-        answer cannot be given."""
+        answer cannot be given, or not be recorded: then it was no."""
         if verdict not in (Verdict.ALLOW, Verdict.DENY, Verdict.KILL):
             raise RequestError(f"{verdict.name.lower()} is no answer")
         if len(reason) > MAX_REASON:
@@ -183,7 +227,8 @@ class Queue:
                 told += self._grant(filed.question, answer)
             for each in told:
                 self._forget(each.question.number, f"it was answered ({verdict.name.lower()}) by {by}")
-        self._tell(told, answer)
+        if not self._tell(told, answer, Ending.ANSWERED, scope=scope, through=number):
+            raise RequestError("the answer cannot be recorded, so the action is denied, and its sandbox ends")
         return Outcome(filed.question, len(told))
 
     def _grant(self, question: Question, answer: Answer) -> list[_Filed]:
@@ -210,7 +255,7 @@ class Queue:
             for filed in told:
                 self._forget(filed.question.number, "its sandbox has ended")
             self._changed.notify_all()
-        self._tell(told, Answer(Verdict.DENY, "nobody", "its sandbox has ended"))
+        self._tell(told, Answer(Verdict.DENY, "nobody", "its sandbox has ended"), Ending.CLOSED)
 
     # ---- ends ----
 
@@ -220,15 +265,33 @@ class Queue:
         if len(self._endings) > _REMEMBERED:
             del self._endings[next(iter(self._endings))]
 
-    def _tell(self, told: list[_Filed], answer: Answer) -> None:
-        """Without the lock: what is told may come back with a question."""
+    def _tell(
+        self, told: list[_Filed], answer: Answer, ending: Ending, *, scope: Scope = Scope.ONCE, through: int = 0
+    ) -> bool:
+        """Records that they ended, and tells their callers; returns whether all was recorded. Without the lock: what is
+        told may come back with a question."""
+        all_recorded = True
         for filed in told:
+            is_recorded = self._record(filed.question, answer, ending, scope, through)
+            all_recorded = all_recorded and is_recorded
             try:
-                filed.answered(answer)
+                filed.answered(answer if is_recorded else _UNRECORDED)
             except Exception as error:  # its caller would sleep for ever
                 self._kill(f"an answer could not be told ({type(error).__name__})")
         if told and not self._filed:
             self._tell_change()
+        return all_recorded
+
+    def _record(self, question: Question, answer: Answer, ending: Ending, scope: Scope, through: int) -> bool:
+        """Whether it is recorded; if it cannot be, the sandbox ends (I3)."""
+        ended = Ended(question, ending, answer, scope, through or question.number, self._timeout, time.time())
+        try:
+            for register in self._registers:
+                register.question_ended(ended)
+        except Exception as error:
+            self._kill(unwritable(error))
+            return False
+        return True
 
     def _tell_change(self) -> None:
         try:
@@ -239,10 +302,12 @@ class Queue:
     def _end(self, number: int, ending: str) -> None:
         """It was withdrawn."""
         with self._changed:
-            if number not in self._filed:
+            filed = self._filed.get(number)
+            if filed is None:
                 return
             self._forget(number, ending)
             empty = not self._filed
+        self._record(filed.question, Answer(Verdict.DENY, "nobody", ending), Ending.WITHDRAWN, Scope.ONCE, number)
         if empty:
             self._tell_change()
 
@@ -256,7 +321,8 @@ class Queue:
 
     def _end_overdue(self) -> None:
         while (overdue := self._wait_overdue()) is not None:
-            self._tell(overdue, Answer(Verdict.DENY, "nobody", f"nobody answered within {self._timeout:g} s"))
+            answer = Answer(Verdict.DENY, "nobody", f"nobody answered within {self._timeout:g} s")
+            self._tell(overdue, answer, Ending.TIMED_OUT)
 
     def _wait_overdue(self) -> list[_Filed] | None:
         """Waits for the next deadline, and returns what is over; None where nothing waits, which ends the thread."""
@@ -274,3 +340,4 @@ class Queue:
 
 
 _OVERDUE = "nobody answered in time, which means no"
+_UNRECORDED = Answer(Verdict.DENY, "nobody", "the answer cannot be recorded")

@@ -7,6 +7,7 @@ import inspect
 import json
 import sys
 import time
+from collections.abc import Collection
 from typing import Annotated, Any
 
 import typer
@@ -67,27 +68,41 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-@guarded
-def _run(**given: Any) -> None:
-    from corral.cli.run import run
-
+def _arguments(given: dict[str, Any]) -> Arguments:
+    """What typer has read, as `corral run` takes it."""
     command = given.pop("command")
     by_name = {name.replace("_", "-"): value for name, value in given.items()}
     many = {option.name for option in RUN_OPTIONS if option.many}
     flags = {option.name for option in RUN_OPTIONS if not option.metavar}
-    arguments = Arguments(
+    return Arguments(
         {name: value for name, value in by_name.items() if name not in many | flags and value is not None},
         {name: tuple(value) for name, value in by_name.items() if name in many and value},
         frozenset(name for name, value in by_name.items() if name in flags and value),
         tuple(command),
     )
-    sys.exit(run(arguments))
 
 
-def _run_signature() -> inspect.Signature:
+@guarded
+def _run(**given: Any) -> None:
+    from corral.cli.run import run
+
+    sys.exit(run(_arguments(given)))
+
+
+@guarded
+def _fork(**given: Any) -> None:
+    from corral.cli.snapshots import fork
+
+    sandbox = given.pop("sandbox")
+    sys.exit(fork(sandbox, _arguments(given)))
+
+
+def _run_signature(*before: inspect.Parameter, but: Collection[str] = ()) -> inspect.Signature:
     """The table of :mod:`corral.cli.options` as the parameters that typer reads a command's options from."""
     parameters = []
     for option in RUN_OPTIONS:
+        if option.name in but:
+            continue
         words = [f"--{option.name}", *([f"-{option.short}"] if option.short else [])]
         if option.metavar:
             kind: Any = list[str] | None if option.many else str | None
@@ -98,11 +113,23 @@ def _run_signature() -> inspect.Signature:
     parameters.append(("command", list[str], typer.Argument(..., metavar="COMMAND")))
     how = inspect.Parameter.KEYWORD_ONLY
     return inspect.Signature(
-        [inspect.Parameter(name, how, default=value, annotation=kind) for name, kind, value in parameters]
+        [
+            *before,
+            *(inspect.Parameter(name, how, default=value, annotation=kind) for name, kind, value in parameters),
+        ]
     )
 
 
 _run.__signature__ = _run_signature()  # type: ignore[attr-defined]
+_fork.__signature__ = _run_signature(  # type: ignore[attr-defined]
+    inspect.Parameter(
+        "sandbox",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=typer.Argument(..., metavar="ID", help="Id of a live sandbox, or its beginning."),
+        annotation=str,
+    ),
+    but=("on", "workspace"),
+)
 app.command(
     "run",
     context_settings={"allow_interspersed_args": False},
@@ -110,6 +137,13 @@ app.command(
     "cannot be built, 137 when it was killed.\n\n" + _paragraph(RUN_EXAMPLES),
     short_help="Run a command in a new sandbox.",
 )(_run)
+app.command(
+    "fork",
+    context_settings={"allow_interspersed_args": False},
+    help="Run COMMAND in a new sandbox that begins with the files that a live one has now. It has processes, a network "
+    "and a policy of its own: the built-in one, or that of --policy. Options and exit codes are those of `corral run`.",
+    short_help="Run a command in a copy of a live sandbox.",
+)(_fork)
 
 
 def _print_json(value: object) -> None:
@@ -262,18 +296,60 @@ def _deny(
 @guarded
 def _diff(
     layer: Annotated[str | None, typer.Argument(metavar="[ID]", help="A kept layer [default: the last one].")] = None,
+    other: Annotated[str | None, typer.Argument(metavar="[ID]", help="Another: show what is different in it.")] = None,
     workspace_only: Annotated[bool, typer.Option("--workspace-only", help="Leave home and system trees out.")] = False,
     patch: Annotated[bool, typer.Option("--patch", help="Print the workspace's changes as a patch.")] = False,
     list_all: Annotated[bool, typer.Option("--list", help="List the kept layers instead.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a run has changed."""
+    """Show what a run has changed, or what is different between two kept layers."""
     from corral.cli.diff import list_layers_command, show_changes
 
     if list_all:
         list_layers_command(as_json=as_json)
     else:
-        show_changes(layer, workspace_only=workspace_only, patch=patch, as_json=as_json)
+        show_changes(layer, other, workspace_only=workspace_only, patch=patch, as_json=as_json)
+
+
+_Live = Annotated[str, typer.Argument(metavar="ID", help="Id of a live sandbox, or its beginning.")]
+
+
+@app.command("snapshot")
+@guarded
+def _snapshot(
+    sandbox: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="Id of a live sandbox, or its beginning.")
+    ] = None,
+    name: Annotated[str, typer.Option("--name", metavar="TEXT", help="What to call it.")] = "",
+    list_all: Annotated[
+        bool, typer.Option("--list", help="Show what is kept as a tree instead: what came of what.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Keep the files of a live sandbox as they are now; prints the id of the layer.
+
+    Everything in it stands still for that moment. `corral run --on LAYER` begins there."""
+    from corral.cli.snapshots import show_tree, take_snapshot
+
+    if list_all:
+        show_tree(sandbox, as_json=as_json)
+    else:
+        take_snapshot(sandbox, name, as_json=as_json)
+
+
+@app.command("restore")
+@guarded
+def _restore(
+    sandbox: _Live,
+    layer: Annotated[str, typer.Argument(metavar="LAYER", help="A kept layer; `corral snapshot --list` shows them.")],
+    as_json: Json = False,
+) -> None:
+    """Set the files of a live sandbox back to a snapshot, or on to any layer of its workspace.
+
+    All that runs in it is killed, but for programs that its policy names (filesystem.restore_keeps)."""
+    from corral.cli.snapshots import restore_to
+
+    restore_to(sandbox, layer, as_json=as_json)
 
 
 _ApplyLog = Annotated[
@@ -357,13 +433,69 @@ def _discard(
     every: Annotated[bool, typer.Option("--all", help="All kept layers.")] = False,
 ) -> None:
     """Drop kept changes."""
-    from corral.sandbox.layer import list_layers, open_layer
+    from corral.sandbox.layer import discard, list_layers
 
     if not layers and not every:
-        raise RequestError("name the layers to discard, or --all; `corral diff --list` lists them")
-    for kept in list_layers() if every else [open_layer(name) for name in layers or ()]:
-        kept.discard()
-        typer.echo(f"discarded {kept.id}")
+        raise RequestError("name the layers to discard, or --all; `corral layers` lists them")
+    for name in [kept.id for kept in list_layers()] if every else layers or ():
+        discard(name)
+        typer.echo(f"discarded {name}")
+
+
+@app.command("layers")
+@guarded
+def _layers(as_json: Json = False) -> None:
+    """List what runs have left: layers and snapshots, with what each has added to the disk, and what holds it."""
+    from corral.cli.area import show_layers
+
+    show_layers(as_json=as_json)
+
+
+@app.command("gc")
+@guarded
+def _gc(
+    older_than: Annotated[
+        str | None, typer.Option("--older-than", metavar="TIME", help="What is older than this, such as 30d.")
+    ] = None,
+    keep_bytes: Annotated[
+        str | None,
+        typer.Option("--keep-bytes", metavar="SIZE", help="The oldest, until all take no more than this: 20GiB."),
+    ] = None,
+    undo: Annotated[
+        bool, typer.Option("--undo", help="Copies for undoing what was applied, too, by --older-than.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what would go, and what that would free.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove layers that may go: those that have been kept as long as their policy says, and those that are named here.
+
+    What is pinned, in use by a live session, applied half, or named by the records of a log, stays (docs/layers.md)."""
+    from corral.cli.area import gc
+
+    try:
+        gc(older_than=older_than, keep_bytes=keep_bytes, undo=undo, dry_run=dry_run, as_json=as_json)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command("pin")
+@guarded
+def _pin(layers: Annotated[list[str], typer.Argument(metavar="ID", help="Kept layers.")]) -> None:
+    """Have layers stay, whatever their age, until `corral unpin`."""
+    from corral.cli.area import pin_all
+
+    pin_all(layers, on=True)
+
+
+@app.command("unpin")
+@guarded
+def _unpin(layers: Annotated[list[str], typer.Argument(metavar="ID", help="Kept layers.")]) -> None:
+    """Let layers go when their time comes."""
+    from corral.cli.area import pin_all
+
+    pin_all(layers, on=False)
 
 
 policy_commands = typer.Typer(

@@ -33,7 +33,7 @@ class _Attached:
         self._loop = Loop()
         self._foreground = Foreground(self, terminal=terminal)
         self._code = 125
-        self._refused = ""
+        self._told: list[str] = []
         self._ended = False
 
     # ---- Commander ----
@@ -80,8 +80,8 @@ class _Attached:
         self._connection.socket.settimeout(None)
         self._loop.add_reader(self._connection.socket.fileno(), self._readable)
         self._foreground.finish(self._loop.run)
-        if self._refused:
-            complain(self._refused)
+        for line in self._told:
+            complain(line)
         return self._code
 
     def _readable(self) -> None:
@@ -101,7 +101,7 @@ class _Attached:
             else:
                 status = int(message["status"])
                 self._code = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-                self._refused = str(message.get("refused", ""))
+                self._told = [str(message[name]) for name in ("refused", "restored") if name in message]
             self._loop.stop()
 
 

@@ -54,13 +54,18 @@ def write_patch(patch: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-def show_changes(name: str | None, *, workspace_only: bool, patch: bool, as_json: bool) -> None:
-    """Prints the changes of a kept layer. Raises RequestError when there is no such layer."""
+def show_changes(
+    name: str | None, other: str | None = None, *, workspace_only: bool, patch: bool, as_json: bool
+) -> None:
+    """Prints the changes of a kept layer, or those from it to another. Raises RequestError when there is no such."""
     layer = layer_of(name)
     if patch:
+        if other is not None:
+            raise RequestError("--patch is of what a run has changed: name one layer")
         write_patch(layer.patch())
         return
-    changes = [change for change in layer.changes() if not workspace_only or change.part == "workspace"]
+    found = layer.changes() if other is None else open_layer(other).changes_since(layer)
+    changes = [change for change in found if not workspace_only or change.part == "workspace"]
     if as_json:
         print(_as_json([dataclasses.asdict(change) for change in changes]))
         return

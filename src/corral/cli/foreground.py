@@ -13,6 +13,7 @@ import signal
 import sys
 import termios
 import threading
+import time
 import tty
 from collections.abc import Callable
 from contextlib import suppress
@@ -237,6 +238,21 @@ class Foreground:
             while thread.is_alive() and not self._terminated:
                 thread.join(_FLUSH)
         self._cooked()
+
+    def heed_interrupts(self) -> None:
+        """Once the command has ended: from here on a signal that tells us to end is for :meth:`is_interrupted`."""
+        for number in _ENDING:
+            signal.signal(number, self._interrupt)
+
+    def _interrupt(self, number: int, _frame: object) -> None:
+        self.interrupted = number
+
+    def is_interrupted(self, seconds: float) -> bool:
+        """Whether we were told to end, or are within this time."""
+        until = time.monotonic() + seconds
+        while not self.interrupted and time.monotonic() < until:
+            time.sleep(0.05)  # another thread may be the one that a signal wakes
+        return bool(self.interrupted)
 
     def abandon(self) -> None:
         """Gives the terminal back without waiting for anything."""

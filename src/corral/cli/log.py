@@ -13,6 +13,7 @@ from corral.log.gaps import Gaps
 from corral.log.holdings import Holdings
 from corral.log.merkle import ProofError
 from corral.log.note import KeyFile, KeyType, NoteError, Verifier, parse_verifier
+from corral.log.pkcs11_key import Pkcs11Key, read_signer
 from corral.log.places import open_payloads, payloads_path, rotate_key
 from corral.log.proof import MAX_PROOF_FILE, check_proof, make_proof, parse_proof
 from corral.log.signing import CHECKPOINT, read_keys
@@ -184,14 +185,16 @@ def show_keys(log: str | None, *, as_json: bool) -> None:
     print(json.dumps(keys) if as_json else "\n".join(map(printable, keys)))
 
 
-def make_key(path: str, name: str, *, witness: bool) -> None:
-    """Makes a key, and prints its public half."""
-    print(KeyFile.make(path, name, KeyType.COSIGNATURE if witness else KeyType.ED25519).verifier)
+def make_key(path: str, name: str, *, witness: bool, uri: str | None) -> None:
+    """Makes a key, or a file that names one on a device, and prints its public half."""
+    kind = KeyType.COSIGNATURE if witness else KeyType.ED25519
+    made = KeyFile.make(path, name, kind) if uri is None else Pkcs11Key.make(path, name, uri, kind)
+    print(printable(str(made.verifier)))
 
 
-def rotate(log: str | None) -> None:
+def rotate(log: str | None, uri: str | None) -> None:
     """Has a new key sign from now on, and prints its public half."""
-    print(printable(str(rotate_key(directory_of(log)).verifier)))
+    print(printable(str(rotate_key(directory_of(log), uri).verifier)))
 
 
 def show_checkpoint(log: str | None) -> None:
@@ -237,7 +240,7 @@ def witness(state: str, key: str, logs: Sequence[str], listen: str) -> None:
     address, _, port = listen.rpartition(":")
     if not address or not port.isdigit():
         raise RequestError(f"--listen {listen}: it is written as ADDRESS:PORT")
-    made = Witness(Path(state), KeyFile.read(key), known)
+    made = Witness(Path(state), read_signer(key), known)
     try:
         server = WitnessServer(made, address.strip("[]"), int(port))
     except OSError as error:

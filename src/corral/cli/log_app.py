@@ -24,6 +24,12 @@ _Keys = Annotated[
 _Witnesses = Annotated[
     list[str] | None, typer.Option("--witness", metavar="KEY", help="The key of a witness; may be repeated.")
 ]
+_Pkcs11 = Annotated[
+    str | None,
+    typer.Option(
+        "--pkcs11", metavar="URI", help="An Ed25519 key on a device (RFC 7512), with module-path, pin-source."
+    ),
+]
 _Quorum = Annotated[int, typer.Option("--quorum", min=0, help="So many witnesses must have cosigned.")]
 
 
@@ -150,11 +156,11 @@ def _keys(log: _Log = None, as_json: Json = False) -> None:
 
 @log_commands.command("rotate")
 @guarded
-def _rotate(log: _Log = None) -> None:
+def _rotate(log: _Log = None, pkcs11: _Pkcs11 = None) -> None:
     """Have a new key sign from now on; both sign for what there is."""
     from corral.cli.log import rotate
 
-    rotate(log)
+    rotate(log, pkcs11)
 
 
 @log_commands.command("checkpoint")
@@ -172,11 +178,14 @@ def _key(
     path: Annotated[str, typer.Argument(metavar="FILE", help="A new file.")],
     name: Annotated[str, typer.Argument(metavar="NAME", help="Such as witness.example/one.")],
     witness: Annotated[bool, typer.Option("--witness", help="A key that cosigns.")] = False,
+    pkcs11: _Pkcs11 = None,
 ) -> None:
-    """Make a key, and print its public half."""
+    """Make a key, and print its public half.
+
+    With --pkcs11 the file only names a key, which the device has and keeps; needs pip install 'corral[pkcs11]'."""
     from corral.cli.log import make_key
 
-    make_key(path, name, witness=witness)
+    make_key(path, name, witness=witness, uri=pkcs11)
 
 
 @log_commands.command("cosign")
@@ -237,30 +246,52 @@ def _show(
     show(log, session=session, start=start, follow=follow, details=details, as_json=as_json)
 
 
+_Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[WORDS]", help="Such as verdict=deny action='net.*' since=2h limit=20."),
+]
+_Index = Annotated[
+    str | None, typer.Option("--index", metavar="URL", help="Database of the index [default: LOG.index, SQLite].")
+]
+_Rebuild = Annotated[bool, typer.Option("--rebuild", help="Make the index anew, from the log alone.")]
+
+
 @log_commands.command("query")
 @guarded
 def _query(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[WORDS]", help="Such as verdict=deny action='net.*' since=2h limit=20."),
-    ] = None,
+    words: _Words = None,
     log: _Log = None,
-    export: Annotated[
-        str | None, typer.Option("--export", metavar="FORM", help="jsonl, ocsf, cef, syslog or otlp, to stdout.")
-    ] = None,
     details: Annotated[bool, typer.Option("--details", help="All that a record says.")] = False,
-    index: Annotated[
-        str | None, typer.Option("--index", metavar="URL", help="Database of the index [default: LOG.index, SQLite].")
-    ] = None,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the index anew, from the log alone.")] = False,
+    index: _Index = None,
+    rebuild: _Rebuild = False,
 ) -> None:
-    """Look for records: by session, agent, verdict, action, rule, exe, path, destination, step, exec, pid, time.
+    """Look for records: by session, agent, verdict, action, rule, exe, path, destination, person (by), step, time, ...
 
     Words of one name are alternatives, different names must all hold; `*` and `?` are wildcards. Keeps an index beside
     the log, made from the log."""
     from corral.cli.look_back import query
 
-    query(log, words or (), index=index, rebuild=rebuild, form=export, details=details)
+    query(log, words or (), index=index, rebuild=rebuild, details=details)
+
+
+@log_commands.command("export")
+@guarded
+def _export(
+    words: _Words = None,
+    form: Annotated[
+        str, typer.Option("--format", metavar="FORM", help="jsonl, ocsf, cef, syslog, otlp or parquet.")
+    ] = "jsonl",
+    output: Annotated[str | None, typer.Option("--output", "-o", metavar="FILE", help="Where to [stdout].")] = None,
+    log: _Log = None,
+    index: _Index = None,
+    rebuild: _Rebuild = False,
+) -> None:
+    """Write records in a form that others read: all of them, or those that are looked for as with `query`.
+
+    Parquet needs pyarrow: pip install 'corral[parquet]'."""
+    from corral.cli.look_back import export
+
+    export(log, words or (), index=index, rebuild=rebuild, form=form, output=output)
 
 
 @log_commands.command("review")

@@ -1,4 +1,4 @@
-"""`corral replay`, `corral log sessions`, `show`, `query` and `review`: prints what :mod:`corral.log` says."""
+"""`corral replay`, `corral log sessions`, `show`, `query`, `export`, `review`: prints what :mod:`corral.log` says."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
 from corral.cli.foreground import complain, printable
 from corral.cli.log import directory_of
@@ -20,9 +19,9 @@ from corral.log.places import index_path, open_payloads
 from corral.log.query import parse_filter, parse_time
 from corral.log.reader import Reader
 from corral.log.records import Record, Summary, decode, summary
-from corral.log.tiles import WIDTH
 
 _POLL = 0.5
+_PARQUET = "parquet"
 MAX_SESSIONS = 100_000
 
 
@@ -61,7 +60,7 @@ def sessions(log: str | None, *, as_json: bool) -> None:
         agent = f"{found.agent} {found.agent_version}"
         row = rows.setdefault(found.session, SessionRow(found.session, agent, found.at / 1e6, number))
         row.records += 1
-        if found.verdict in ("deny", "kill"):
+        if found.event == "decision" and found.verdict in ("deny", "kill"):
             row.refused += found.count
         if found.event == "session.ended":
             row.ended = found.at / 1e6
@@ -226,10 +225,36 @@ def _print_record(number: int, entry: bytes, *, details: bool, as_json: bool) ->
 # ---- query and export ----
 
 
-def query(
-    log: str | None, words: Sequence[str], *, index: str | None, rebuild: bool, form: str | None, details: bool
+def query(log: str | None, words: Sequence[str], *, index: str | None, rebuild: bool, details: bool) -> None:
+    """Prints the records that are looked for."""
+    with _found(log, words, index=index, rebuild=rebuild) as entries:
+        for number, entry in entries:
+            _print_record(number, entry, details=details, as_json=False)
+
+
+def export(
+    log: str | None, words: Sequence[str], *, index: str | None, rebuild: bool, form: str, output: str | None
 ) -> None:
-    """Prints the records that are looked for, or writes them in another form."""
+    """Writes the records that are looked for in another form, to stdout or a new file. Raises RequestError."""
+    from corral.log.export import FORMS
+    from corral.log.parquet import write_parquet
+
+    if form not in (*FORMS, _PARQUET):
+        raise RequestError(f"{printable(form)} is no form; known: {', '.join((*FORMS, _PARQUET))}")
+    if form == _PARQUET and output is None and sys.stdout.isatty():
+        raise RequestError("Parquet is not for a terminal: name a file with --output")
+    with _found(log, words, index=index, rebuild=rebuild) as entries, _sink(output) as file:
+        if form == _PARQUET:
+            write_parquet(file, entries)
+            return
+        for line in FORMS[form](entries):
+            file.write(f"{line}\n".encode())
+
+
+@contextmanager
+def _found(
+    log: str | None, words: Sequence[str], *, index: str | None, rebuild: bool
+) -> Iterator[Iterator[tuple[int, bytes]]]:
     from corral.log.index import LogIndex
 
     directory = directory_of(log)
@@ -240,34 +265,20 @@ def query(
             made.rebuild(reader)
         else:
             made.update(reader)
-        entries = _entries(reader, made.find(wanted))
-        if form is not None:
-            export(entries, form)
-            return
-        for number, entry in entries:
-            _print_record(number, entry, details=details, as_json=False)
+        yield reader.some(made.find(wanted))
 
 
-def _entries(reader: Reader, numbers: Iterable[int]) -> Iterator[tuple[int, bytes]]:
-    """The entries of these numbers, each tile read once where they are in order."""
-    tile, found = -1, {}
-    for number in numbers:
-        if number // WIDTH != tile:
-            tile = number // WIDTH
-            found = dict(reader.entries(tile * WIDTH, (tile + 1) * WIDTH))
-        if number in found:
-            yield number, found[number]
-
-
-def export(entries: Iterable[tuple[int, bytes]], form: str) -> None:
-    """Writes records to stdout in one of the forms of :mod:`corral.log.export`. Raises RequestError."""
-    from corral.log.export import FORMS
-
-    writer = FORMS.get(form)
-    if writer is None:
-        raise RequestError(f"{printable(form)} is no form; known: {', '.join(FORMS)}")
-    for line in writer(entries):
-        sys.stdout.write(f"{line}\n")
+@contextmanager
+def _sink(path: str | None) -> Iterator[IO[bytes]]:
+    if path is None:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    try:
+        with open(path, "wb", opener=_open_own) as file:
+            yield file
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}") from None
 
 
 # ---- review ----
@@ -308,9 +319,13 @@ def _moment(seconds: float) -> str:
 
 @contextmanager
 def _new_file(path: str) -> Iterator[TextIO]:
-    opener: Callable[[str, int], int] = lambda name, flags: os.open(name, flags | os.O_CLOEXEC, 0o600)  # noqa: E731
     try:
-        with open(Path(path), "w", encoding="utf-8", opener=opener) as file:
+        with open(path, "w", encoding="utf-8", opener=_open_own) as file:
             yield file
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}") from None
+
+
+def _open_own(path: str, flags: int) -> int:
+    """Only its owner can read what is made here."""
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)

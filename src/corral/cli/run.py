@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from corral.policy.profiles import PROFILES
 from corral.reactor import Loop
 from corral.sandbox import registry
 from corral.sandbox.core import Core, Exit
-from corral.sandbox.denials import summary
+from corral.sandbox.denials import set_back, summary
 from corral.sandbox.options import Listener, Options, user_id
 from corral.sandbox.prepare import prepare
 from corral.sandbox.view import is_touched
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from corral.sandbox.layer import KeptLayer
     from corral.sandbox.prepare import Prepared
 
+RETRY = 2.0
+"""Seconds after which it is tried again to keep what could not be kept."""
 _RESOURCES = ("cpu", "memory", "processes", "open-files", "disk", "wall-time")
 
 
@@ -123,6 +125,7 @@ def read_options(arguments: Arguments) -> tuple[Options, list[tuple[int, str, in
         environment=os.environ,
         label=arguments.values.get("label", " ".join(arguments.command)[:200]),
         on=arguments.values.get("on"),
+        keep="discard" not in arguments.flags,
     )
     return options, services
 
@@ -296,7 +299,24 @@ class _Run:
             return None
         from corral.sandbox.keeping import keep
 
-        return keep(core.prepared, core.layer_fd)
+        return self._once_there_is_room(lambda: keep(core.prepared, core.layer_fd, since=core.since))
+
+    def _once_there_is_room(self, keep: Callable[[], KeptLayer | None]) -> KeptLayer | None:
+        """What cannot be kept is not lost as long as a person can make room: it waits, on a terminal, until there is
+        some, or Ctrl-C. Elsewhere nobody would come."""
+        told = False
+        while True:
+            try:
+                return keep()
+            except CorralError as error:
+                if not (os.isatty(0) and os.isatty(2)):
+                    raise CorralError(f"{error}. They are lost") from None
+                if not told:
+                    self._foreground.heed_interrupts()
+                    complain(f"{error}. They are still in memory, and this is tried again; Ctrl-C drops them")
+                told = True
+                if self._foreground.is_interrupted(RETRY):
+                    raise CorralError("the changes were not kept, and are lost") from None
 
     def _interrupted_code(self) -> int:
         """What a shell shows for a job that a signal ended, or 0."""
@@ -318,6 +338,8 @@ class _Run:
         quiet = "quiet" in self._arguments.flags or isinstance(error, ExecError)  # which says it itself
         if exit and not quiet and (exit.denials or exit.denials_dropped):
             complain(summary(exit.denials, exit.denials_dropped, place=""))
+        if exit and exit.restored and not quiet:
+            complain(set_back(exit.restored))
         if kept and "quiet" not in self._arguments.flags:
             sys.stderr.write(
                 f"corral: {kept.count} change{'s' if kept.count != 1 else ''} kept: "

@@ -57,6 +57,36 @@ class NearMiss:
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """A question to persons that came to its end."""
+
+    agent: str
+    session: str
+    what: str
+    outcome: str
+    """The answer with its scope, or why there was none."""
+    by: str
+    waited: float
+    """Seconds."""
+    number: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyChange:
+    """A session that began under another policy than the agent's last one."""
+
+    agent: str
+    session: str
+    by: str
+    old: str
+    new: str
+    changes: tuple[str, ...]
+    number: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Outlier:
     """A session of which one count is unlike those of the agent's other sessions."""
 
@@ -110,6 +140,12 @@ class Digest:
     misses: tuple[tuple[Miss, int], ...]
     near_misses: tuple[NearMiss, ...]
     """The latest of each sort."""
+    answers: tuple[Answered, ...]
+    """The latest."""
+    answer_count: int
+    policy_changes: tuple[PolicyChange, ...]
+    """The latest."""
+    policy_change_count: int
     outliers: tuple[Outlier, ...]
     troubles: tuple[Trouble, ...]
     trouble_count: int

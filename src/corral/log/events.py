@@ -1,11 +1,12 @@
-"""What a log records beside decisions and flows: the life of a session, and the log's own."""
+"""What a log records beside decisions and flows: approvals, changes of policy, the life of a session, and the log's."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 
-from corral.actions import Content, Decision, Flow, Origin
+from corral.actions import Content, Decision, Flow, Kind, Origin, Verdict
+from corral.approvals.queue import Ending, Scope
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,50 @@ class ApplyEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class Approval:
+    """A question to persons has come to its end (:class:`corral.approvals.queue.Ended`): what was asked, who said what.
+    Recorded before whoever waits is told; what was decided by it is the decision that follows."""
+
+    origin: Origin
+    question: int
+    """Its number in the sandbox."""
+    kind: Kind
+    action: str
+    """Hash of what was asked for (:func:`corral.log.approval.action_hash`)."""
+    target: str
+    """The same in words, in one form, as it was shown; cut where it is long, which the hash is not."""
+    rule: str
+    """Which rule asked."""
+    ending: Ending
+    verdict: Verdict
+    scope: Scope
+    through: int
+    """The question that was answered: this one, or an equal one, where the answer was for the session."""
+    by: str
+    """Who answered, as the kernel names the peer; nobody where nobody did."""
+    reason: str
+    asked_at: float
+    """Seconds since the epoch."""
+    ended_at: float
+    timeout: float
+    """Seconds within which it was to be answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyChanged:
+    """This session begins under another policy than the agent's last one in this log did. No policy changes while a
+    session lasts."""
+
+    old: str
+    """Hash of the policy of the last session; empty where none is known."""
+    new: str
+    by: str
+    """Who began the session."""
+    changes: tuple[str, ...]
+    """What is different (:mod:`corral.policy.difference`)."""
+
+
+@dataclass(frozen=True, slots=True)
 class LogRecovered:
     """The log was opened after a crash, and something had to be mended."""
 
@@ -139,6 +184,8 @@ Event = (
     | ExecStarted
     | ExecEnded
     | ApplyEnded
+    | Approval
+    | PolicyChanged
     | LogRecovered
     | KeyRotated
     | PayloadKept
@@ -154,6 +201,8 @@ WORDS: dict[str, type[Event]] = {
     "exec.started": ExecStarted,
     "exec.ended": ExecEnded,
     "apply.ended": ApplyEnded,
+    "approval": Approval,
+    "policy.changed": PolicyChanged,
     "log.recovered": LogRecovered,
     "log.key_rotated": KeyRotated,
     "log.payload_kept": PayloadKept,

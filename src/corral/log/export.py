@@ -70,7 +70,7 @@ def _cef_fields(found: Summary) -> Iterator[tuple[str, str]]:
     yield "dhost", found.destination
     yield "cnt", str(found.count)
     for at, (label, value) in enumerate(
-        (("session", found.session), ("policy", found.policy_hash), ("step", str(found.step))), 1
+        (("session", found.session), ("policy", found.policy_hash), ("step", str(found.step)), ("by", found.by)), 1
     ):
         yield f"cs{at}Label", label
         yield f"cs{at}", value
@@ -102,6 +102,7 @@ def syslog(entries: Entries) -> Iterator[str]:
             "exe": found.exe,
             "path": found.path,
             "destination": found.destination,
+            "by": found.by,
         }
         data = " ".join(f'{name}="{_syslog_value(value)}"' for name, value in values.items() if value)
         words = _plain(" ".join(each for each in (found.action, found.verdict, found.path, found.destination) if each))
@@ -136,6 +137,7 @@ def otlp(entries: Entries) -> Iterator[str]:
             "corral.verdict": found.verdict,
             "corral.rule": found.rule,
             "corral.policy": found.policy_hash,
+            "corral.by": found.by,
             "process.pid": found.pid,
             "process.executable.path": found.exe,
             "file.path": found.path,

@@ -26,7 +26,6 @@ from sqlalchemy import (
     Text,
     and_,
     create_engine,
-    delete,
     event,
     insert,
     or_,
@@ -43,7 +42,7 @@ from corral.log.reader import Reader
 from corral.log.records import Summary, summary
 from corral.log.signing import read_keys
 
-_VERSION = 1
+_VERSION = 2
 _BATCH = 5000
 _NUMBER = BigInteger().with_variant(Integer(), "sqlite")
 _LIKE_ESCAPE = "\\"
@@ -59,7 +58,7 @@ _records = Table(
         for name in ("sequence", "at", "class_uid", "step", "exec", "count", "pid")
     ),
     *(Column(name, Text, nullable=False) for name in ("policy_hash", "action", "verdict", "rule", "decider")),
-    *(Column(name, Text, nullable=False) for name in ("exe", "destination", "path")),
+    *(Column(name, Text, nullable=False) for name in ("exe", "destination", "path", "by")),
     Index("records_session", "session", "number"),
     Index("records_at", "at"),
     Index("records_action", "action", "verdict", "number"),
@@ -131,9 +130,8 @@ class LogIndex:
     def rebuild(self, reader: Reader) -> int:
         """Throws it away and makes it again. Raises as :meth:`update`."""
         try:
-            with self._engine.begin() as connection:
-                connection.execute(delete(_records))
-                connection.execute(delete(_state))
+            _metadata.drop_all(self._engine)  # another version of Corral may have made other tables
+            _metadata.create_all(self._engine)
         except SQLAlchemyError as error:
             raise _unwritable(error) from None
         return self.update(reader)

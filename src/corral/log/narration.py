@@ -8,9 +8,11 @@ import shlex
 import signal
 from collections.abc import Iterator
 
-from corral.actions import Access, Decision, File, Flow, KernelCall, Kind, Process, Program
+from corral.actions import Access, Decision, File, Flow, KernelCall, Kind, Process, Program, Verdict
+from corral.approvals.queue import Ending, Scope
 from corral.log.events import (
     ApplyEnded,
+    Approval,
     Event,
     ExecEnded,
     ExecStarted,
@@ -20,6 +22,7 @@ from corral.log.events import (
     PayloadErased,
     PayloadKept,
     PayloadLost,
+    PolicyChanged,
     SessionEnded,
     SessionStarted,
 )
@@ -71,7 +74,7 @@ def item_of(number: int, record: Record, offset: float, *, missing: str = "") ->
         line,
         notes,
         step=origin.step if origin is not None else 0,
-        verdict=event.verdict if isinstance(event, Decision) else None,
+        verdict=event.verdict if isinstance(event, Decision | Approval) else None,
     )
 
 
@@ -95,6 +98,13 @@ def _told(event: Event) -> tuple[ItemKind, str, _Details]:
             return ItemKind.LIFECYCLE, "the session began", details
         case SessionEnded():
             return ItemKind.LIFECYCLE, f"the session ended: {event.reason}", iter(())
+        case Approval():
+            return ItemKind.APPROVAL, _approval_line(event), _approval_details(event)
+        case PolicyChanged():
+            what = "another policy than before" if event.old else "a policy that is not known here yet"
+            line = f"the session begins under {what}, by {event.by}"
+            what_changed = [("old", event.old), ("new", event.new), ("changes", "\n".join(event.changes))]
+            return ItemKind.LIFECYCLE, line, iter(what_changed)
         case LogRecovered():
             return ItemKind.LIFECYCLE, f"the log was mended after a crash: {event.what}", iter(())
         case KeyRotated():
@@ -169,6 +179,37 @@ def _command(argv: tuple[str, ...]) -> str:
         found.append(shlex.quote(argument[:left]))
         left -= len(argument) + 1
     return " ".join(found)
+
+
+# ---- approvals ----
+
+_ANSWERS = {Verdict.ALLOW: "approved", Verdict.DENY: "denied", Verdict.KILL: "denied, with the end of the sandbox,"}
+_ENDINGS = {
+    Ending.TIMED_OUT: "nobody answered in time",
+    Ending.WITHDRAWN: "whoever tried it was gone before the answer",
+    Ending.CLOSED: "the sandbox ended before the answer",
+}
+
+
+def _approval_line(event: Approval) -> str:
+    waited = f"after {max(0.0, event.ended_at - event.asked_at):.1f} s"
+    if event.ending is not Ending.ANSWERED:
+        return f"question {event.question} to persons, {_ENDINGS[event.ending]} ({waited}): {event.target}"
+    scope = ", for the session" if event.scope is Scope.SESSION else ""
+    through = f", with question {event.through}" if event.through != event.question else ""
+    answered = f"{_ANSWERS.get(event.verdict, 'answered')} by {event.by} {waited}{scope}{through}"
+    return f"question {event.question} {answered}: {event.target}"
+
+
+def _approval_details(event: Approval) -> _Details:
+    yield "target", event.target
+    yield "action", event.action
+    yield "asked by", event.rule
+    yield "answered by", event.by if event.ending is Ending.ANSWERED else ""
+    yield "reason", event.reason
+    yield "scope", event.scope.value
+    yield "time for it", f"{event.timeout:g} s"
+    yield from _process(event.origin.process)
 
 
 # ---- flows and commands ----

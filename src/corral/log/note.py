@@ -143,45 +143,19 @@ class KeyFile:
         made = cls(name, type, os.urandom(_KEY_SIZE))
         identifier = made.verifier.identifier.hex()
         encoded = base64.b64encode(bytes([type]) + made._seed).decode()
-        temporary = f"{os.fspath(path)}.{os.getpid()}"
         try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            try:
-                with open(fd, "w", encoding="ascii") as file:
-                    file.write(f"PRIVATE+KEY+{name}+{identifier}+{encoded}\n")
-                    file.flush()
-                    os.fsync(fd)
-                os.link(temporary, path)
-            finally:
-                os.unlink(temporary)
-            directory = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(directory)  # a log that was signed by a key that is gone could not be written any more
-            finally:
-                os.close(directory)
-        except FileExistsError as error:
+            write_private(path, f"PRIVATE+KEY+{name}+{identifier}+{encoded}\n")
+        except FileExists:
             if exist_ok:
                 return cls.read(path)
-            raise NoteError(f"{os.fspath(path)}: cannot make the key: {error.strerror}") from None
-        except OSError as error:
-            raise NoteError(f"{os.fspath(path)}: cannot make the key: {error.strerror}") from None
+            raise
         return made
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> KeyFile:
         """Raises NoteError where it cannot be read, is no key, or others than its owner can read it."""
         where = os.fspath(path)
-        try:
-            with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), encoding="ascii") as file:
-                status = os.fstat(file.fileno())
-                text = file.read(MAX_NOTE)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text"
-            raise NoteError(f"{where}: cannot read the key: {reason}") from None
-        if status.st_mode & 0o077 or status.st_uid != os.geteuid():
-            raise NoteError(
-                f"{where}: others can read this key, or own it; make it yours, mode 0600, or make a new one"
-            )
+        text = read_private(path)
         word, _, rest = text.strip().partition("+KEY+")
         name, identifier, encoded = _key_parts(rest, where)
         type, seed = _key_material(encoded, where)
@@ -196,6 +170,52 @@ class KeyFile:
 
     def sign(self, message: bytes) -> bytes:
         return self._private.sign(message)
+
+
+class FileExists(NoteError):
+    """The file of a new key is there already."""
+
+
+def write_private(path: str | os.PathLike[str], line: str) -> None:
+    """Makes a file that only its owner can read, and that is whole from the moment that it is there, durably: a log
+    whose key is gone could not be written any more. Raises NoteError; FileExists where it is there."""
+    where = os.fspath(path)
+    temporary = f"{where}.{os.getpid()}"
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            with open(fd, "w", encoding="ascii") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(fd)
+            os.link(temporary, path)
+        finally:
+            os.unlink(temporary)
+        directory = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except FileExistsError as error:
+        raise FileExists(f"{where}: cannot make the key: {error.strerror}") from None
+    except OSError as error:
+        raise NoteError(f"{where}: cannot make the key: {error.strerror}") from None
+
+
+def read_private(path: str | os.PathLike[str]) -> str:
+    """What stands in a file that only its owner, who is the caller, can read. Raises NoteError, also where it is
+    not that."""
+    where = os.fspath(path)
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), encoding="ascii") as file:
+            status = os.fstat(file.fileno())
+            text = file.read(MAX_NOTE)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise NoteError(f"{where}: cannot read the key: {reason}") from None
+    if status.st_mode & 0o077 or status.st_uid != os.geteuid():
+        raise NoteError(f"{where}: others can read this key, or own it; make it yours, mode 0600, or make a new one")
+    return text
 
 
 def sign(text: str, signer: Signer) -> Signature:

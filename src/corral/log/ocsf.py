@@ -13,11 +13,13 @@ from typing import Any
 from corral.actions import Decision, Flow, Kind, Verdict
 from corral.log.events import (
     ApplyEnded,
+    Approval,
     Event,
     ExecEnded,
     ExecStarted,
     Outcome,
     PayloadKept,
+    PolicyChanged,
     SessionEnded,
     SessionStarted,
 )
@@ -26,7 +28,9 @@ from corral.monitor.plain import Bounds
 VERSION = "1.8.0"
 """Of the schema. Tests validate every kind of record against it."""
 PROFILES = ["host", "security_control"]
-FILE, KERNEL, PROCESS, NETWORK, HTTP, DNS, LIFECYCLE, API = 1001, 1003, 1007, 4001, 4002, 4003, 6002, 6003
+FILE, KERNEL, PROCESS, ENTITY, NETWORK, HTTP, DNS, LIFECYCLE, API = (
+    1001, 1003, 1007, 3004, 4001, 4002, 4003, 6002, 6003,
+)  # fmt: skip
 _OTHER = 99
 _SEVERITY = {Verdict.ALLOW: 1, Verdict.ASK: 2, Verdict.DENY: 3, Verdict.KILL: 5}
 """Informational, low, medium, critical."""
@@ -58,6 +62,10 @@ def fields_of(event: Event, plain: Fields, context: Context, bounds: Bounds) -> 
         fields = _decision(event, plain, bounds)
     elif isinstance(event, Flow):
         fields = _flow(plain)
+    elif isinstance(event, Approval):
+        fields = _approval(event, plain)
+    elif isinstance(event, PolicyChanged):
+        fields = _policy_changed(plain, context)
     else:
         fields = _life(event, plain, context, bounds)
     fields["type_uid"] = fields["class_uid"] * 100 + fields["activity_id"]
@@ -73,9 +81,12 @@ def common(context: Context) -> Fields:
     }
 
 
-def actor(context: Context, origin: Fields | None, bounds: Bounds) -> Fields:
-    """Who acts: the agent, and the process, where there is one. ``origin`` is plain."""
-    agent = {"app_name": context.agent, "app_uid": context.agent_version, "session": {"uid": context.session}}
+def actor(context: Context, origin: Fields | None, bounds: Bounds, person: str = "") -> Fields:
+    """Who acts: the agent, and the process and the ``person`` who has a part in it, where there are. ``origin`` is
+    plain."""
+    agent: Fields = {"app_name": context.agent, "app_uid": context.agent_version, "session": {"uid": context.session}}
+    if person:
+        agent["user"] = {"name": person[: bounds.text]}
     process = origin and origin["process"]
     return {**agent, "process": _process(process, bounds)} if process else agent
 
@@ -164,6 +175,54 @@ def _about(event: Decision, plain: Fields, bounds: Bounds) -> Fields:
 
 def _pid(plain: Fields) -> Fields:
     return plain["process"] or {"uid": f"exec-{plain['origin']['exec']}"}
+
+
+# ---- persons ----
+
+
+def _approval(event: Approval, plain: Fields) -> Fields:
+    """A call of ours, with what was asked for as its resource."""
+    allowed = event.verdict is Verdict.ALLOW
+    asked, ended = plain["asked_at"] // 1000, plain["ended_at"] // 1000
+    sandbox = plain["origin"]["sandbox"]
+    fields: Fields = {
+        "class_uid": API,
+        "activity_id": _OTHER,
+        "api": {
+            "operation": "approval",
+            "request": {"uid": f"{sandbox}-{event.question}"},
+            "response": {"message": f"{plain['ending']}: {plain['verdict']}"},
+        },
+        "src_endpoint": {"uid": sandbox},
+        "resources": [{"name": plain["target"], "type": plain["kind"], "uid": event.action}],
+        "severity_id": _SEVERITY[event.verdict],
+        "status_id": 1 if allowed else 2,
+        "action_id": 1 if allowed else 2,
+        "disposition_id": 1 if allowed else 2,
+        "firewall_rule": {"name": plain["rule"]},
+        "start_time": asked,
+        "end_time": ended,
+        "duration": max(0, ended - asked),
+    }
+    return {**fields, "status_detail": plain["reason"]} if plain["reason"] else fields
+
+
+def _policy_changed(plain: Fields, context: Context) -> Fields:
+    """An entity that is replaced by another."""
+
+    def entity(uid: str) -> Fields:
+        policy = {"name": context.policy, "uid": uid or "unknown"}
+        return {"type_id": 5, "name": context.policy, "uid": policy["uid"], "policy": policy}
+
+    fields = {
+        "class_uid": ENTITY,
+        "activity_id": 3 if plain["old"] else 1,  # update, create
+        "severity_id": 3 if plain["old"] else 1,
+        "status_id": 1,
+        "entity": entity(plain["old"] or plain["new"]),
+        "comment": "; ".join(plain["changes"]),
+    }
+    return {**fields, "entity_result": entity(plain["new"])} if plain["old"] else fields
 
 
 # ---- flows ----

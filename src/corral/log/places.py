@@ -18,10 +18,11 @@ from pathlib import Path
 
 from corral.log.events import Event, KeyRotated, LogRecovered, PayloadErased
 from corral.log.holdings import Holdings
-from corral.log.note import KeyFile
+from corral.log.note import KeyFile, NoteError, Signer
 from corral.log.ocsf import Context
 from corral.log.payload_keys import PayloadError, read_key
 from corral.log.payloads import Payloads
+from corral.log.pkcs11_key import Pkcs11Key, pin_files, read_signer
 from corral.log.reader import Reader
 from corral.log.records import encode
 from corral.log.signing import KEYS, read_keys
@@ -78,7 +79,7 @@ def expired_payloads(directory: Path, now: float) -> list[str]:
 
 def files_of(directory: Path) -> tuple[str, ...]:
     """Everything that belongs to a log, so that it can be hidden from what is recorded in it (I4): the log, its keys,
-    its payloads and its index, and those of their files that are not there yet.
+    its payloads and its index, the PIN of a key on a device, and those of their files that are not there yet.
 
     All by their real paths. A log that is reached by a link has its key beside the link.
     """
@@ -87,6 +88,7 @@ def files_of(directory: Path) -> tuple[str, ...]:
     beside = {named, key, _successor(key), _next_old(key), *named.parent.glob(f"{glob.escape(key.name)}.*")}
     beside |= {index.with_name(f"{index.name}{end}") for end in ("", "-journal", "-wal", "-shm")}
     beside |= {payloads_path(named), payload_key_path(named)}
+    beside |= {Path(pin) for each in tuple(beside) if each.name.startswith(key.name) for pin in pin_files(each)}
     return tuple(sorted({os.path.realpath(path) for path in beside}))
 
 
@@ -108,7 +110,7 @@ def open_log(directory: Path) -> Log:
     except OSError as error:
         raise LogUnwritable(f"{directory}: cannot make the log: {error.strerror}") from None
     _finish_rotation(path)
-    log = Log(directory, KeyFile.read(path))
+    log = Log(directory, read_signer(path))
     if log.recovery:
         try:
             _tell(log, LogRecovered(str(log.recovery)))
@@ -118,10 +120,12 @@ def open_log(directory: Path) -> Log:
     return log
 
 
-def rotate_key(directory: Path) -> KeyFile:
-    """Makes a new key for a log, has both sign for what is there, and keeps the old one as ``DIR.key.N``.
+def rotate_key(directory: Path, uri: str | None = None) -> Signer:
+    """Makes a new key for a log, or takes the one on a device that ``uri`` names, has both sign for what is there, and
+    keeps the old one as ``DIR.key.N``.
 
-    Raises as :func:`open_log`; LogUnwritable also where another process is at it.
+    Raises as :func:`open_log`; LogUnwritable also where another process is at it; NoteError where the old key is on a
+    device and the new one would not be; RequestError as :class:`Pkcs11Key`.
     """
     directory = Path(os.path.abspath(directory))
     path = key_path(directory)
@@ -129,8 +133,14 @@ def rotate_key(directory: Path) -> KeyFile:
         if not mine:
             raise LogUnwritable(f"{path}: another process is changing this key")
         _finish(path)
-        old = KeyFile.read(path)
-        new = KeyFile.make(_successor(path), old.verifier.name)
+        old = read_signer(path)
+        new: Signer
+        if uri is not None:
+            new = Pkcs11Key.make(_successor(path), old.verifier.name, uri)
+        elif isinstance(old, Pkcs11Key):
+            raise NoteError(f"{path}: this key is on a device; name the new one, on a device too, with --pkcs11")
+        else:
+            new = KeyFile.make(_successor(path), old.verifier.name)
         with Log(directory, old) as log:
             _tell(log, KeyRotated(str(old.verifier), str(new.verifier)))
             log.rotate(new)
@@ -212,7 +222,7 @@ def _finish(path: Path) -> None:
     successor = _successor(path)
     if not os.path.lexists(successor):
         return
-    new = KeyFile.read(successor)
+    new = read_signer(successor)
     keys = read_keys(path.with_name(path.name.removesuffix(".key")))
     if keys and keys[-1] == new.verifier:
         _put_in_place(path)

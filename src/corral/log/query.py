@@ -30,7 +30,7 @@ _MICRO = 1_000_000
 class Filter:
     """Which records are wanted. The default is all of them."""
 
-    PATTERNS: ClassVar[frozenset[str]] = frozenset({"action", "agent", "destination", "exe", "path", "rule"})
+    PATTERNS: ClassVar[frozenset[str]] = frozenset({"action", "agent", "by", "destination", "exe", "path", "rule"})
     """Names whose values are globs."""
     TEXTS: ClassVar[frozenset[str]] = PATTERNS | {
         "agent_version",

@@ -20,7 +20,7 @@ from functools import lru_cache
 from typing import Any
 
 from corral.actions import Action, Decision, Kind, Origin, Verdict
-from corral.log.events import WORDS, Event
+from corral.log.events import WORDS, Approval, Event
 from corral.log.ocsf import PROFILES, VERSION, Context, actor, common, fields_of
 from corral.log.tiles import MAX_ENTRY
 from corral.monitor.plain import Bounds, from_plain, refuse, subject_type, to_plain, unique
@@ -33,7 +33,11 @@ _KEPT = 2048
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _NAMES: dict[type[Any], str] = {kind: word for word, kind in WORDS.items()}
 _VERDICTS = {verdict.name.lower(): verdict for verdict in Verdict}
-_TIMES = {"decision": ("at", "held"), "flow": ("started", "seconds")}
+_TIMES = {
+    "decision": ("at", "held"),
+    "flow": ("started", "seconds"),
+    "approval": ("asked_at", "ended_at", "timeout"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,8 @@ class Summary:
     exe: str = ""
     destination: str = ""
     path: str = ""
+    by: str = ""
+    """Which person had a part in it: answered, changed a policy, erased a content."""
 
 
 def encode(event: Event, context: Context, *, sequence: int, at: float, monotonic_ns: int) -> bytes:
@@ -92,7 +98,7 @@ def _encode(event: Event, context: Context, sequence: int, at: int, monotonic: i
     origin = event.action.origin if isinstance(event, Decision) else getattr(event, "origin", None)
     # An agent decides how long its arguments are, so long ones are not kept.
     who = _who if _is_short(origin) else _who.__wrapped__
-    actor, own_origin, is_whole = who(context, origin, bounds)
+    actor, own_origin, is_whole = who(context, origin, bounds, getattr(event, "by", ""))
     values = fields_of(event, fields | _of_origin(origin), context, bounds)
     if origin is not None:
         fields["origin"] = _Mark.ORIGIN
@@ -158,10 +164,10 @@ def _is_short(origin: Origin | None) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _who(context: Context, origin: Origin | None, bounds: Bounds) -> tuple[str, str, bool]:
+def _who(context: Context, origin: Origin | None, bounds: Bounds, person: str = "") -> tuple[str, str, bool]:
     """The actor and the origin as JSON, and whether the latter is whole."""
     plain, is_whole = to_plain(origin, bounds)
-    return _json(actor(context, plain, bounds)), _json(plain), is_whole
+    return _json(actor(context, plain, bounds, person)), _json(plain), is_whole
 
 
 def _of_origin(origin: Origin | None) -> dict[str, Any]:
@@ -197,6 +203,8 @@ def _plain(event: Event, bounds: Bounds) -> tuple[dict[str, Any], list[str]]:
         plain[name], whole = to_plain(value, bounds)
         if not whole:
             cut.append(name)
+    if isinstance(event, Approval):
+        plain["verdict"] = event.verdict.name.lower()
     for name in _TIMES.get(_NAMES[type(event)], ()):
         plain[name] = round(getattr(event, name) * _MICRO)
     return plain, cut
@@ -235,8 +243,9 @@ def _decoded(values: dict[str, Any]) -> Record:
         action_kind = from_plain(Kind, fields.pop("kind"))
         subject = from_plain(subject_type(action_kind), fields.pop("subject"))
         times["action"] = Action(action_kind, subject, from_plain(Origin, fields.pop("origin")))
-        times["verdict"] = _VERDICTS[fields.pop("verdict")]
         times["asked"] = ()
+    if kind in (Decision, Approval):
+        times["verdict"] = _VERDICTS[fields.pop("verdict")]
     event = from_plain(kind, fields, **times)
     actor, policy = values["actor"], values["policy"]
     context = Context(
@@ -291,6 +300,7 @@ def _summary(values: dict[str, Any]) -> Summary:
         exe=process.get("exe", ""),
         destination=_destination(endpoint),
         path=subject.get("path", "") if "transport" not in subject else "",
+        by=fields.get("by", fields.get("answered_by", "")),
     )
 
 

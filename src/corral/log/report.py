@@ -120,6 +120,24 @@ def _tables(digest: Digest) -> Iterator[_Table]:
         "none",
     )
     yield _Table(
+        f"Questions to persons{f' ({digest.answer_count})' if digest.answer_count else ''}",
+        ("how it ended", "by", "agent", "action", "waited", "session", "time", "record"),
+        tuple(
+            (a.outcome, a.by, a.agent, a.what, f"{a.waited:.1f} s", a.session, _time(a.at), f"#{a.number}")
+            for a in digest.answers
+        ),
+        "nobody was asked",
+    )
+    yield _Table(
+        f"Changes of policy{f' ({digest.policy_change_count})' if digest.policy_change_count else ''}",
+        ("agent", "by", "what", "before", "since", "session", "time", "record"),
+        tuple(
+            (c.agent, c.by, "; ".join(c.changes), _hash(c.old), _hash(c.new), c.session, _time(c.at), f"#{c.number}")
+            for c in digest.policy_changes
+        ),
+        "none",
+    )
+    yield _Table(
         "Sessions unlike the rest",
         ("agent", "session", "what", "here", "usual", "score"),
         tuple(
@@ -135,6 +153,11 @@ def _tables(digest: Digest) -> Iterator[_Table]:
         tuple((_time(each.at), f"#{each.number}", each.what) for each in digest.troubles),
         "no recovery, no gap; `corral log verify` says whether it is whole",
     )
+
+
+def _hash(policy: str) -> str:
+    """What tells policies apart for a reader; the record has all of it."""
+    return policy.removeprefix("sha256:")[:16] or "-"
 
 
 def _time(at: float) -> str:

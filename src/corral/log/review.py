@@ -17,9 +17,21 @@ from collections.abc import Iterable
 from ipaddress import ip_address
 
 from corral.actions import Decision, Endpoint, Flow, Kind, Program, Request, Transport, Verdict
+from corral.approvals.queue import Ending
 from corral.errors import RequestError
-from corral.log.digest import AgentSummary, Denial, Digest, Miss, NearMiss, Novelty, Outlier, Trouble
-from corral.log.events import KeyRotated, LogRecovered, PayloadErased, PayloadLost
+from corral.log.digest import (
+    AgentSummary,
+    Answered,
+    Denial,
+    Digest,
+    Miss,
+    NearMiss,
+    Novelty,
+    Outlier,
+    PolicyChange,
+    Trouble,
+)
+from corral.log.events import Approval, KeyRotated, LogRecovered, PayloadErased, PayloadLost, PolicyChanged
 from corral.log.frequent import Frequent
 from corral.log.items import shown_line
 from corral.log.narration import MICROSECONDS, item_of
@@ -35,6 +47,8 @@ MAX_AGENTS = 1000
 MAX_DISTINCT = 1_000_000
 """Different destinations and binaries of each session that are told apart, of all sessions together."""
 _SUBJECT = 160
+_CHANGES = 10
+"""Lines of what is different in a policy."""
 _OUTWARD = frozenset({Kind.NET_CONNECT, Kind.NET_SEND, Kind.HTTP_REQUEST})
 
 
@@ -120,6 +134,9 @@ class _Reviewer:
         self._denials: Frequent[tuple[str, str, str]] = Frequent()
         self._misses: Counter[Miss] = Counter()
         self._latest: dict[Miss, deque[NearMiss]] = {miss: deque(maxlen=top) for miss in Miss}
+        self._answers: deque[Answered] = deque(maxlen=top)
+        self._policy_changes: deque[PolicyChange] = deque(maxlen=top)
+        self._answer_count = self._policy_change_count = 0
         self._troubles: deque[Trouble] = deque(maxlen=top)
         self._trouble_count = 0
         self._room = MAX_DISTINCT
@@ -157,6 +174,8 @@ class _Reviewer:
                 self._allowed(agent, session, event, number, at, is_before=is_before)
             if not is_before:
                 self._decided(agent, record.context.session, event, number, at)
+        elif isinstance(event, Approval | PolicyChanged) and not is_before:
+            self._by_persons(agent, shown_line(record.context.session), event, number, at)
 
     def _follow(self, session: _Session, number: int, record: Record, at: float, *, is_before: bool) -> None:
         """A session's records are numbered without gaps."""
@@ -216,6 +235,23 @@ class _Reviewer:
                 NearMiss(why, agent, shown_line(session), what, shown_line(decision.rule), shown_line(by), number, at)
             )
 
+    def _by_persons(self, agent: str, session: str, event: Approval | PolicyChanged, number: int, at: float) -> None:
+        by = shown_line(event.by, _SUBJECT)
+        if isinstance(event, Approval):
+            outcome = event.ending.value.replace("_", " ")
+            if event.ending is Ending.ANSWERED:
+                outcome = f"{event.verdict.name.lower()}, {event.scope.value}"
+            waited = max(0.0, event.ended_at - event.asked_at)
+            self._answer_count += 1
+            self._answers.append(Answered(agent, session, _short(event.target), outcome, by, waited, number, at))
+        else:
+            old, new = shown_line(event.old, _SUBJECT), shown_line(event.new, _SUBJECT)
+            changes = tuple(map(_short, event.changes[:_CHANGES]))
+            if len(event.changes) > _CHANGES:
+                changes = (*changes, f"and {len(event.changes) - _CHANGES} more")
+            self._policy_change_count += 1
+            self._policy_changes.append(PolicyChange(agent, session, by, old, new, changes, number, at))
+
     def _trouble(self, number: int, at: float, what: str) -> None:
         self._trouble_count += 1
         self._troubles.append(Trouble(number, at, what))
@@ -234,6 +270,10 @@ class _Reviewer:
             denials,
             tuple((miss, self._misses[miss]) for miss in Miss),
             tuple(near),
+            tuple(self._answers),
+            self._answer_count,
+            tuple(self._policy_changes),
+            self._policy_change_count,
             tuple(self._outliers()),
             tuple(self._troubles),
             self._trouble_count,

@@ -56,11 +56,16 @@ def _read(path: Path) -> bytes | None:
         raise NoteError(f"{path.name}: cannot read it: {error.strerror}") from None
 
 
-def read_checkpoint(directory: Path, keys: tuple[Verifier, ...]) -> tuple[Checkpoint, Note] | None:
+def read_checkpoint(
+    directory: Path, keys: tuple[Verifier, ...], *, by_signer: bool = False
+) -> tuple[Checkpoint, Note] | None:
     """The newest checkpoint that one of the keys has signed; None where none was ever made.
 
+    Of two copies one may be cut off by a crash, and one may be out of reach of those who only read. Who signs must have
+    looked at both (``by_signer``): one that its disk does not give just now may be the newer, and would be replaced.
+
     Raises:
-        NoteError: there is one, and it is not signed by such a key.
+        NoteError: there is one, and it is not signed by such a key, or cannot be read by who signs.
         LogDamaged: there are two of one size that differ.
     """
     found: list[tuple[Checkpoint, Note]] = []
@@ -69,6 +74,12 @@ def read_checkpoint(directory: Path, keys: tuple[Verifier, ...]) -> tuple[Checkp
     for name in (CHECKPOINT, _COPY):
         try:
             content = _read(directory / name)
+        except NoteError as error:
+            if by_signer:
+                raise
+            problem = error
+            continue
+        try:
             if content is not None and content != known:
                 known = content
                 found.append(_opened(content, keys))
@@ -114,7 +125,7 @@ class Checkpoints:
         own = self._signer.verifier
         if keys:
             self._require_own(keys)
-        found = read_checkpoint(self._directory, keys or (own,))
+        found = read_checkpoint(self._directory, keys or (own,), by_signer=True)
         if found is None and (any(self._directory.glob("journal/[0-9]*")) or (self._directory / "tile").exists()):
             raise LogDamaged(f"{CHECKPOINT} and {_COPY} are both missing, and the log has entries")
         if not keys and found is not None:
@@ -139,7 +150,7 @@ class Checkpoints:
         if new.name != self.origin:
             raise NoteError(f"the new key must have the name of the log, {self.origin}")
         keys = read_keys(self._directory)
-        now = read_checkpoint(self._directory, keys)
+        now = read_checkpoint(self._directory, keys, by_signer=True)
         text, signatures = (now[1].text, now[1].signatures) if now else (Checkpoint(new.name, 0, EMPTY).text(), ())
         content = Note(text, (*signatures, sign(text, signer))).encode()
         open_checkpoint(content, new)
@@ -150,7 +161,7 @@ class Checkpoints:
 
     def read(self) -> Checkpoint:
         """The newest one; that of the empty tree where there is none. Raises NoteError or LogDamaged."""
-        found = read_checkpoint(self._directory, read_keys(self._directory))
+        found = read_checkpoint(self._directory, read_keys(self._directory), by_signer=True)
         return found[0] if found else Checkpoint(self.origin, 0, EMPTY)
 
     def advance(self, old: Checkpoint, size: int) -> Checkpoint:
@@ -185,7 +196,7 @@ class Checkpoints:
 
     def add(self, size: int, signatures: tuple[Signature, ...]) -> None:
         """Adds cosignatures to the checkpoint of that size, if it still is the newest. Raises NoteError; OSError."""
-        found = read_checkpoint(self._directory, read_keys(self._directory))
+        found = read_checkpoint(self._directory, read_keys(self._directory), by_signer=True)
         if found is not None and found[0].size == size:
             kept = [
                 each
@@ -200,7 +211,7 @@ class Checkpoints:
 
     def publish(self) -> None:
         """Makes the file for others what the journal's copy is, where a crash or somebody came between. OSError."""
-        found = read_checkpoint(self._directory, read_keys(self._directory))
+        found = read_checkpoint(self._directory, read_keys(self._directory), by_signer=True)
         if found is not None:
             content = found[1].encode()
             for name in (_COPY, CHECKPOINT):

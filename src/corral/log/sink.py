@@ -1,4 +1,4 @@
-"""What one session writes to a log: its decisions, its flows, and its life."""
+"""What one session writes to a log: its decisions, its flows, what persons answered, and its life."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 
 from corral.actions import Decision, Flow, Kind
+from corral.approvals.queue import Ended
+from corral.log.approval import approval_of
 from corral.log.events import Event
 from corral.log.ocsf import Context
 from corral.log.records import encode
@@ -14,7 +16,8 @@ from corral.log.writer import Log
 
 
 class SessionLog:
-    """A sink of the monitor (:mod:`corral.monitor.records`: Sink, Ledger, Account). Used from several threads."""
+    """A sink of the monitor (:mod:`corral.monitor.records`: Sink, Ledger, Account), and the register of its questions
+    (:mod:`corral.approvals.queue`). Used from several threads."""
 
     def __init__(self, log: Log, context: Context, *, unawaited: frozenset[Kind] = frozenset()) -> None:
         self._log, self._context = log, context
@@ -39,6 +42,11 @@ class SessionLog:
     def flow(self, flow: Flow) -> None:
         """Raises LogUnwritable."""
         self._submit(flow, flow.started + flow.seconds)
+
+    def question_ended(self, ended: Ended) -> None:
+        """The decision that follows is released when this is durable too: one thread writes both. Raises
+        LogUnwritable."""
+        self._submit(approval_of(ended), ended.at)
 
     def record(self, event: Event) -> None:
         """Anything else that happens to the session. Raises LogUnwritable."""

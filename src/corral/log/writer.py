@@ -236,7 +236,7 @@ class Log:
         with _locked(self._tiles_lock), _locked(self._lock):
             self._checkpoints.claim()
             if not same_boot(self._journal):  # what was written then may be lost, and is not missed
-                os.pwrite(self._lock, b"%020d" % 0, 20)
+                self._say(0, 20)
             _, written = self._known()
             self.recovery: Recovery = recover(self._journal, self._tiles, self._checkpoints.read(), written)
             """What was mended."""
@@ -348,7 +348,7 @@ class Log:
             raise
         self._offset += len(data)
         self._count += len(frames)
-        os.pwrite(self._lock, b"%020d" % (self._base + self._count), 20)
+        self._say(self._base + self._count, 20)
 
     def _roll(self, number: int) -> None:
         """Begins another file. Whatever is in the old one is durable then, for those who sync only the new one."""
@@ -365,7 +365,7 @@ class Log:
             self._segment = -1
         self._segment = self._journal.open(base)
         self._base, self._offset, self._count = base, 0, 0
-        os.pwrite(self._lock, b"%020d" % base, 0)
+        self._say(base, 0)
         self._read_on()
 
     def _catch_up(self) -> None:
@@ -378,6 +378,13 @@ class Log:
             raise LogDamaged(f"journal/{self._journal.path(self._base).name}: it was cut off, removed or replaced")
         if status.st_size > self._offset:
             self._read_on()
+
+    def _say(self, number: int, offset: int) -> None:
+        """Writes to the file of the lock what :meth:`_known` reads: all of it, for half of a number is another one."""
+        rest = b"%020d" % number
+        while rest:
+            written = os.pwrite(self._lock, rest, offset)
+            rest, offset = rest[written:], offset + written
 
     def _known(self) -> tuple[int, int]:
         """What the file of the lock says: the first number of the journal's last file, and how many entries there were

@@ -175,8 +175,9 @@ class Monitor:
         return decision
 
     def release(self, decision: Decision, decided: Callable[[Decision], None]) -> Held | None:
-        """Tells the enforcer: of a refusal at once, of what may have an effect when its record is safe (I3)."""
-        waiting = [each for each in self._ledgers if decision.action.kind not in each.unawaited]
+        """Tells the enforcer: of a refusal at once, of what may have an effect when its record is safe (I3). For a
+        person's yes that is waited for whatever the kind: who allowed it must not be lost."""
+        waiting = [each for each in self._ledgers if decision.held or decision.action.kind not in each.unawaited]
         if not waiting or decision.verdict is not Verdict.ALLOW:
             decided(decision)
             return None

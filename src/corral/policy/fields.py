@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from corral.actions import Content, Kind, Verdict
 from corral.policy.document import quoted
 from corral.policy.matching import escape_glob
-from corral.policy.model import GIB, KIB, MIB, Degradation
+from corral.policy.model import GIB, KIB, MIB, Degradation, SnapshotWhen
 from corral.policy.profiles import PROFILES
 from corral.policy.units import DURATION, SIZE, TIB, Size, read_duration
 
@@ -258,6 +258,14 @@ def degradation(name: object) -> Degradation:
     return Degradation(name)
 
 
+def snapshot_time(name: object) -> SnapshotWhen:
+    """When snapshots are taken."""
+    known = [each.value for each in SnapshotWhen]
+    if name not in known:
+        raise ValueError(f"must be one of: {', '.join(known)}")
+    return SnapshotWhen(name)
+
+
 def action_class(name: object) -> Kind:
     """A class of actions."""
     known = [each.value for each in Kind]
@@ -363,6 +371,7 @@ _DURATIONS = WithJsonSchema(
 _PROFILES = WithJsonSchema({"anyOf": [{"enum": list(PROFILES)}, {"type": "string", "pattern": "/"}]})
 _KINDS = WithJsonSchema({"enum": [each.value for each in Kind]})
 _CONTENT = WithJsonSchema({"enum": [each.value for each in Content]})
+_SNAPSHOTS = WithJsonSchema({"enum": [each.value for each in SnapshotWhen]})
 _WALLS = WithJsonSchema({"enum": [wall.value for wall in Degradation]})
 
 
@@ -385,6 +394,7 @@ SystemCalls = Annotated[tuple[Annotated[str, AfterValidator(system_call), _CALLS
 Label = Annotated[str, AfterValidator(label)]
 Line = Annotated[str, AfterValidator(line)]
 FormatVersion = Annotated[Literal[1], BeforeValidator(format_version)]
+SnapshotTime = Annotated[SnapshotWhen, BeforeValidator(snapshot_time), _SNAPSHOTS]
 Answer = Annotated[Verdict, BeforeValidator(verdict), _VERDICTS]
 Profile = Annotated[str, AfterValidator(profile), _PROFILES]
 Walls = Annotated[

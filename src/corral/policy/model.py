@@ -44,6 +44,14 @@ class Note:
     """The agent is told neither the rule nor its reason."""
 
 
+class SnapshotWhen(Enum):
+    """When a snapshot is taken without being asked for."""
+
+    NEVER = "never"
+    STEP = "step"
+    """At the start, and after each step: a command that was run from outside."""
+
+
 @dataclass(frozen=True, slots=True)
 class Filesystem:
     """What the sandbox sees of the host beside its system trees and its workspace, and what is looked at closer."""
@@ -58,6 +66,10 @@ class Filesystem:
     """Globs of absolute paths inside; opening, renaming, ... one of them is held until somebody answers."""
     watch: tuple[str, ...] = ()
     """Globs of absolute paths inside; every such action is recorded."""
+    snapshot: SnapshotWhen = SnapshotWhen.NEVER
+    """Where one cannot be taken, the sandbox ends."""
+    restore_keeps: tuple[str, ...] = ()
+    """Globs of programs, by their path inside, that go on when the files are set back; all others are killed."""
 
 
 class Permit(Enum):
@@ -339,6 +351,18 @@ class Resources:
 
 
 @dataclass(frozen=True, slots=True)
+class Layers:
+    """What may be kept of changes, and for how long. ``None`` means no bound but the disk's own."""
+
+    keep_for: float | None = None
+    """Seconds from when it was kept; then it may be removed."""
+    snapshot_bytes: int | None = None
+    """Of all snapshots of one session together."""
+    total_bytes: int | None = None
+    """Of all layers in the work area together, whosoever they are."""
+
+
+@dataclass(frozen=True, slots=True)
 class Environment:
     """Which variables of the caller pass in, and which are set."""
 
@@ -358,6 +382,7 @@ class Policy:
     process: Processes = field(default_factory=Processes)
     syscalls: Syscalls = field(default_factory=Syscalls)
     resources: Resources = field(default_factory=Resources)
+    layers: Layers = field(default_factory=Layers)
     environment: Environment = field(default_factory=Environment)
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)

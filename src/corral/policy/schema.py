@@ -27,6 +27,7 @@ from corral.policy.fields import (
     Paths,
     Profile,
     SmallSize,
+    SnapshotTime,
     Strict,
     SystemCalls,
     Trees,
@@ -64,6 +65,10 @@ class FilesystemSection(Strict):
     """Globs of files: to open, rename, ... one of them waits for an answer."""
     watch: PathGlobs = ()
     """Globs of files: to open, rename, ... one of them is recorded."""
+    snapshot: SnapshotTime = _DEFAULT.filesystem.snapshot
+    """Whether snapshots are taken by themselves: `never`, or at the start and after each `step`."""
+    restore_keeps: PathGlobs = ()
+    """Globs of programs that go on when the files are set back to a snapshot; all others are killed."""
 
 
 class NetworkSection(Strict):
@@ -124,6 +129,17 @@ class ResourcesSection(Strict):
     """From start to forced end."""
     output: SmallSize = _DEFAULT.resources.output
     """Kept of each captured stream of one exec; the rest is dropped and marked."""
+
+
+class LayersSection(Strict):
+    """What may be kept of changes, and for how long."""
+
+    keep_for: Duration | None = _DEFAULT.layers.keep_for
+    """How long a layer or a snapshot is kept; then it may be removed."""
+    snapshot_bytes: LargeSize | None = _DEFAULT.layers.snapshot_bytes
+    """All snapshots of one session together."""
+    total_bytes: LargeSize | None = _DEFAULT.layers.total_bytes
+    """All layers in the work area together, whosoever they are."""
 
 
 class EnvironmentSection(Strict):
@@ -215,6 +231,7 @@ class PolicyFile(Strict):
     process: ProcessSection = Field(default_factory=ProcessSection)
     syscalls: SyscallsSection = Field(default_factory=SyscallsSection)
     resources: ResourcesSection = Field(default_factory=ResourcesSection)
+    layers: LayersSection = Field(default_factory=LayersSection)
     environment: EnvironmentSection = Field(default_factory=EnvironmentSection)
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)

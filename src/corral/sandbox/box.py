@@ -25,18 +25,17 @@ from typing import TYPE_CHECKING, TypeVar
 from corral.actions import Flow
 from corral.errors import CorralError, RequestError, SandboxClosed
 from corral.policy.model import Policy
-from corral.sandbox import registry
+from corral.sandbox import claims, registry
 from corral.sandbox.changes import Change, changes
-from corral.sandbox.copying import Since
 from corral.sandbox.core import Core, Exit, State
-from corral.sandbox.denials import stderr_line
+from corral.sandbox.denials import set_back, stderr_line
 from corral.sandbox.files import READ_LIMIT, Download, FileInfo, Files
 from corral.sandbox.keeping import keep
 from corral.sandbox.layer import KeptLayer
 from corral.sandbox.limits import Rlimits
 from corral.sandbox.options import Listener, Options, user_id
 from corral.sandbox.ownership import owner_map
-from corral.sandbox.prepare import new_id, prepare
+from corral.sandbox.prepare import prepare
 from corral.sandbox.process import Process
 from corral.sandbox.results import ExecResult, Stats
 from corral.sandbox.stats import read_stats
@@ -92,13 +91,13 @@ class Sandbox:
             on=on.id if on is not None else None,
             hidden=hidden,
             log=("", "") if log is None else (os.path.abspath(log.directory), log.origin),
+            keep=keep,
         )
         self._keep = keep
         self._reset()
 
     def _reset(self) -> None:
         """Nothing has run yet."""
-        self._since = Since()
         self._alone = asyncio.Lock()
         self._core: Core | None = None
         self._ended = asyncio.Event()
@@ -133,11 +132,17 @@ class Sandbox:
 
     def _make(self, loop: asyncio.AbstractEventLoop) -> Core:
         prepared = prepare(self._options)
-        if self._log is None:
-            return Core(prepared, loop)
-        from corral.sandbox.recording import recorded
+        try:
+            if self._log is None:
+                return Core(prepared, loop)
+            from corral.sandbox.recording import recorded
 
-        return recorded(self._log, prepared, loop)
+            return recorded(self._log, prepared, loop)
+        except BaseException:
+            claims.release(prepared.id)
+            if prepared.base is not None:
+                prepared.base.close()
+            raise
 
     async def close(self) -> None:
         """Ends everything inside; keeps the changes where that was asked for. May be called again, and by several at
@@ -158,11 +163,10 @@ class Sandbox:
             process.release()
         self._processes.clear()
         registry.unregister(core)
-        async with self._alone:  # a snapshot still reads the layer
-            if self._log is None and not self._keep:
-                core.close_layer()
-            else:
-                await asyncio.to_thread(self._put_away, core)
+        if self._log is None and not self._keep:
+            core.close_layer()
+        else:
+            await asyncio.to_thread(self._put_away, core)
 
     def _put_away(self, core: Core) -> None:
         """In one thread to its end, so that nothing can close the layer under it."""
@@ -171,7 +175,7 @@ class Sandbox:
                 core.close_chronicle()
             finally:
                 if self._keep:
-                    self.kept = keep(core.prepared, core.layer_fd)
+                    self.kept = keep(core.prepared, core.layer_fd, since=core.since)
         finally:
             core.close_layer()
 
@@ -213,43 +217,16 @@ class Sandbox:
         meanwhile. Raises CorralError where that cannot be, also where something has gone on all the same."""
         async with self._alone:
             core = self.core
-            was_frozen = core.state is State.FROZEN
+            taken: asyncio.Future[KeptLayer | CorralError] = asyncio.get_running_loop().create_future()
+            taking = core.snapshots.take(lambda result: _set(taken, result), name=name)
             try:
-                if not was_frozen:
-                    core.freeze()
-                await self._stand_still()
-                return await self._keep_snapshot(core, name)
-            finally:
-                if not was_frozen:
-                    core.thaw()
-
-    async def _keep_snapshot(self, core: Core, name: str) -> KeptLayer:
-        keeping = asyncio.ensure_future(
-            asyncio.to_thread(
-                keep,
-                core.prepared,
-                core.layer_fd,
-                identifier=new_id(),
-                name=name,
-                parent=self._since.layer,
-                unchanged=True,
-                since=self._since,
-            )
-        )
-        try:
-            kept = await asyncio.shield(keeping)
-        except asyncio.CancelledError:
-            # Nobody would know of it; and until it has ended, nothing may go on.
-            with suppress(CorralError):
-                abandoned = await keeping
-                if abandoned is not None:
-                    abandoned.discard()
-            raise
-        assert kept is not None  # noqa: S101  # it is also kept where nothing is changed
-        if not core.frozen():
-            kept.discard()
-            raise CorralError("something inside went on while a snapshot was taken; take another")
-        return kept
+                result = await asyncio.shield(taken)
+            except asyncio.CancelledError:
+                taking.abandoned = True
+                raise
+            if isinstance(result, CorralError):
+                raise result
+            return result
 
     async def fork(self, count: int = 1) -> list[Sandbox]:
         """Starts others that begin with the files that this one has now: each has its own processes, network and ids.
@@ -274,14 +251,28 @@ class Sandbox:
         return box
 
     async def restore(self, layer: KeptLayer) -> None:
-        """Goes back to the files of a layer, or on to them: everything inside ends, and what it has changed since is
-        dropped. What runs then is another sandbox, with an id of its own, in place of this one."""
+        """Goes back to the files of a layer, or on to them; what it has changed since is dropped.
+
+        Everything inside ends, and what runs then is another sandbox, with an id of its own, in place of this one.
+        Where policy names programs that go on (``filesystem.restore_keeps``), it is this one still, all others in it
+        are killed, and if it fails half-way it ends."""
+        if self._options.policy.filesystem.restore_keeps:
+            async with self._alone:
+                done: asyncio.Future[KeptLayer | CorralError] = asyncio.get_running_loop().create_future()
+                self.core.snapshots.restore(lambda result: _set(done, result), layer)
+                result = await asyncio.shield(done)
+            if isinstance(result, CorralError):
+                raise result
+            return
         after = self._another(layer)
         await after.start()
+        after.core.notices.restored(layer.id, layer.name)
         before, keeps = copy.copy(self), self._keep
         before._keep = False
+        claims.hand_over(before.id, after.id)  # what has been kept so far is named as long as this goes on
         self.__dict__.update(after.__dict__)
         self._keep = keeps
+        before.core.kill(set_back(layer.id))
         await before.close()
 
     async def thaw(self) -> None:
@@ -369,7 +360,7 @@ class Sandbox:
         if result.error:
             raise result.error
         status = result.status
-        line = stderr_line(result.denials, result.denials_dropped, bytes(err.kept[-1:]))
+        line = stderr_line(result.denials, result.denials_dropped, bytes(err.kept[-1:]), restored=result.restored)
         if line and on_stderr:
             on_stderr(line)
         outcome = ExecResult(
@@ -384,6 +375,7 @@ class Sandbox:
             duration=time.monotonic() - started,
             denials=result.denials,
             denials_dropped=result.denials_dropped,
+            restored=result.restored,
         )
         return outcome.check() if check else outcome
 
@@ -418,8 +410,14 @@ class Sandbox:
         return process
 
     async def _catch_up(self) -> None:
-        if self.core.is_behind:
-            await asyncio.to_thread(self.core.catch_up)
+        """Before a command starts."""
+        core = self.core
+        if core.is_behind:
+            await asyncio.to_thread(core.catch_up)
+        while core.is_kept_still:
+            moving = asyncio.Event()
+            core.when_moving(moving.set)
+            await moving.wait()
 
     # ---- files ----
 
@@ -525,6 +523,6 @@ def _resolve(future: asyncio.Future[None], error: CorralError | None) -> None:
         future.set_result(None)
 
 
-def _set(future: asyncio.Future[Exit], result: Exit) -> None:
+def _set(future: asyncio.Future[T], result: T) -> None:
     if not future.done():
         future.set_result(result)

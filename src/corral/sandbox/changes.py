@@ -50,7 +50,7 @@ def changes(
             "scaffold": list(scaffold),
             "special_modes": special_modes,
         }
-        found = [_from_json(row) for row in asowner.call("changes", (layer,), request, owners.namespace())]
+        found = [from_json(row) for row in asowner.call("changes", (layer,), request, owners.namespace())]
     found.sort(key=lambda change: change.path)
     return found
 
@@ -60,15 +60,17 @@ def serve(request: dict[str, Any]) -> Any:
     parts = [Changeable(name, path, tuple(lowers), base) for name, path, lowers, base in request["parts"]]
     owners = owners_from_json(request["owners"])
     found = compare(parts, request["layer"], owners, set(request["scaffold"]), request["special_modes"])
-    return [_to_json(change) for change in found]
+    return [to_json(change) for change in found]
 
 
-def _to_json(change: Change) -> list[Any]:
+def to_json(change: Change) -> list[Any]:
+    """A change as JSON."""
     row = [getattr(change, field.name) for field in fields(Change)]
     return [getattr(value, "value", value) for value in row]
 
 
-def _from_json(row: list[Any]) -> Change:
+def from_json(row: list[Any]) -> Change:
+    """The change that :func:`to_json` made."""
     values = dict(zip((field.name for field in fields(Change)), row, strict=True))
     values["kind"] = ChangeKind(values["kind"])
     for name in ("file_type", "type_before"):

@@ -145,12 +145,15 @@ class Below:
     """The lower trees whose directories of this name are merged."""
 
 
-def lookup(walk: Walk, name: str, path: str | None, mounts: Collection[str] = ()) -> Below | None:
-    """Looks ``name`` up in the lower trees of the current level, topmost first (overlayfs.rst, "merged")."""
+def lookup(
+    walk: Walk, name: str, path: str | None, mounts: Collection[str] = (), *, trees: Sequence[int] | None = None
+) -> Below | None:
+    """Looks ``name`` up in the current level (overlayfs.rst, "merged"): in ``trees``, topmost first, or in all but the
+    upper."""
     first: os.stat_result | None = None
     top = 0
-    trees: list[int] = []
-    lowers = [tree for tree in walk.current.ids if tree != UPPER]
+    merged: list[int] = []
+    lowers = [tree for tree in walk.current.ids if tree != UPPER] if trees is None else trees
     for tree in lowers:
         status = walk.status(tree, name)
         if status is None:
@@ -163,10 +166,10 @@ def lookup(walk: Walk, name: str, path: str | None, mounts: Collection[str] = ()
             break
         # Another file system mounted there is not shown by the overlay.
         if path not in mounts:
-            trees.append(tree)
+            merged.append(tree)
         if tree != lowers[-1] and _entry_is_opaque(walk, tree, name):
             break
-    return None if first is None else Below(first, top, tuple(trees))
+    return None if first is None else Below(first, top, tuple(merged))
 
 
 def _entry_is_opaque(walk: Walk, tree: int, name: str) -> bool:
@@ -320,10 +323,10 @@ class Comparison:
                 self._part.name,
                 path,
                 kind,
-                _type(now),
-                type_before=_type(before) if before else None,
-                size_before=_size(before),
-                size_after=_size(after),
+                file_type(now),
+                type_before=file_type(before) if before else None,
+                size_before=size_of(before),
+                size_after=size_of(after),
                 mode_before=stat.S_IMODE(before.st_mode) if before else None,
                 mode_after=stat.S_IMODE(after.st_mode) if after else None,
                 owner_before=self._owner(below) if below is not None else None,
@@ -377,11 +380,13 @@ def join(path: str | None, name: str) -> str | None:
     return f"/{name}" if path == "/" else f"{path}/{name}"
 
 
-def _type(status: os.stat_result) -> FileType:
+def file_type(status: os.stat_result) -> FileType:
+    """What kind of thing it is."""
     return _TYPES.get(stat.S_IFMT(status.st_mode), FileType.DEVICE)
 
 
-def _size(status: os.stat_result | None) -> int | None:
+def size_of(status: os.stat_result | None) -> int | None:
+    """Bytes of what has a size of its own."""
     return status.st_size if status is not None and not stat.S_ISDIR(status.st_mode) else None
 
 

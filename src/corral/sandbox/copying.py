@@ -38,6 +38,7 @@ TOLD_PATHS = 20
 _COPY = UPPER + 1
 _LINKS = ".links"
 _PORTION = 16 << 20
+_BLOCK = 4096
 # The overlay's own notes, and the labels that a security module puts on every file.
 _OVERLAY_NOTES = tuple(f"{OVERLAY_PREFIX}{name}" for name in ("opaque", "origin", "impure", "uuid", "nlink"))
 _NO_LOSS = (*_OVERLAY_NOTES, "security.selinux")
@@ -62,6 +63,8 @@ class Copied:
     """What came of it."""
 
     bytes: int = 0
+    disk: int = 0
+    """Bytes on disk of what is new there."""
     entries: int = 0
     stripped: Told = field(default_factory=Told)
     """Files stored without their setuid or setgid bits or some of their attributes."""
@@ -103,16 +106,38 @@ class Since:
             self.files[status.st_ino] = (status.st_ctime_ns, place)
 
 
-class Room:
-    """Guards the free space of the file system that is written to."""
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """How much may be kept."""
 
-    def __init__(self, directory: int) -> None:
+    bytes: int
+    name: str
+    """What says so."""
+
+    def refusal(self) -> CorralError:
+        """What is raised where it is more."""
+        return CorralError(
+            f"the changes cannot be kept: they are more than {self.name} leaves room for; `corral layers` lists what "
+            "is kept, `corral gc` removes what may go, `corral discard` what you name"
+        )
+
+
+class Room:
+    """Guards the free space of the file system that is written to, and a quota."""
+
+    def __init__(self, directory: int, quota: Quota | None = None) -> None:
         self._directory = directory
         self._bytes = 0
         self._entries = 0
+        self._quota = quota
+        self._left = quota.bytes if quota else 0
 
     def take(self, size: int) -> None:
         """Claims one entry of ``size`` bytes. Raises CorralError where too little would be left free."""
+        if self._quota is not None:
+            self._left -= -(-size // _BLOCK) * _BLOCK
+            if self._left < 0:
+                raise self._quota.refusal()
         self._bytes -= size
         self._entries -= 1
         if self._bytes >= 0 and self._entries >= 0:
@@ -123,7 +148,7 @@ class Room:
         if spare < size or inodes < 1:
             raise CorralError(
                 "the changes cannot be kept: the disk would be left with less than 1 GiB or 5 % free; make room, "
-                "or apply or discard layers that are no longer needed (`corral discard`)"
+                "or apply or discard layers that are no longer needed (`corral gc`, `corral discard`)"
             )
         # Looked at again soon: others write there too.
         self._bytes = min(spare - size, _PORTION)
@@ -140,18 +165,19 @@ def copy_parts(
     base: int = -1,
     before: tuple[int, Since] | None = None,
     seen: Since | None = None,
+    quota: Quota | None = None,
 ) -> Copied:
     """Copies each part of the layer into a directory of its name in ``target``, which is empty.
 
     ``base`` is the directory of the parts of a kept layer on which this one was begun: its files are linked there
     first, and the layer is laid over them, as the overlay does it. ``before`` is the directory of the parts of an
-    earlier copy of the same layer, and what that has ``seen``. Raises CorralError where there is too little room, or a
-    file cannot be read; OSError where writing fails.
+    earlier copy of the same layer, and what that has ``seen``. Raises CorralError where there is too little room, it is
+    more than ``quota``, or a file cannot be read; OSError where writing fails.
     """
     try:
         ids = owners.upper if os.geteuid() == 0 else None
         unreadable = os.geteuid() != 0
-        return _copy(layer, target, parts, ids, scaffold, base, before, seen, raise_unreadable=unreadable)
+        return _copy(layer, target, parts, ids, scaffold, base, before, seen, quota, raise_unreadable=unreadable)
     except Unreadable:
         if seen is not None:
             seen.files.clear()
@@ -163,18 +189,20 @@ def copy_parts(
             "base": base,
             "parts": [[part.name, part.path, part.lowers, part.base] for part in parts],
             "scaffold": list(scaffold),
+            "quota": asdict(quota) if quota else None,
         }
         fds = (layer, target, *([base] if base >= 0 else []))
         answer = asowner.call("copy", fds, request, owners.namespace())
         stripped, dropped = Told(**answer["stripped"]), Told(**answer["dropped"])
-        return Copied(answer["bytes"], answer["entries"], stripped, dropped)
+        return Copied(answer["bytes"], answer["disk"], answer["entries"], stripped, dropped)
 
 
 def serve(request: dict[str, Any]) -> Any:
     """:func:`copy_parts` in a helper process."""
     parts = [Changeable(name, path, tuple(lowers), below) for name, path, lowers, below in request["parts"]]
     scaffold = set(request["scaffold"])
-    return asdict(_copy(request["layer"], request["target"], parts, None, scaffold, request["base"]))
+    quota = Quota(**request["quota"]) if request["quota"] else None
+    return asdict(_copy(request["layer"], request["target"], parts, None, scaffold, request["base"], quota=quota))
 
 
 def _copy(
@@ -186,11 +214,12 @@ def _copy(
     base: int,
     before: tuple[int, Since] | None = None,
     seen: Since | None = None,
+    quota: Quota | None = None,
     *,
     raise_unreadable: bool = False,
 ) -> Copied:
     copied = Copied()
-    room = Room(target)
+    room = Room(target, quota)
     os.mkdir(_LINKS, 0o700, dir_fd=target)
     links = os.open(_LINKS, OPEN_DIRECTORY, dir_fd=target)
     try:
@@ -264,6 +293,7 @@ class _Copier:
             self._finish_directory(level.fds[_COPY], level.fds[UPPER], level.status or status, level.path)
             if len(walk.levels) == 1:
                 return
+            blocks = os.fstat(level.fds[_COPY]).st_blocks if level.path in self._scaffold else 0
             walk.leave()
             if _COPY not in walk.current.fds:
                 raise CorralError("the copy of the layer was disturbed: one of its directories has vanished")
@@ -271,6 +301,7 @@ class _Copier:
                 # Made by Corral, and again next time; it stays only where it holds something.
                 with suppress(OSError):
                     os.rmdir(level.name, dir_fd=walk.current.fds[_COPY])
+                    self._copied.disk -= blocks * 512
 
     def _entry(self, name: str) -> None:
         walk = self._walk
@@ -280,7 +311,7 @@ class _Copier:
         path = join(walk.current.path, name)
         target = walk.current.fds[_COPY]
         kind = stat.S_IFMT(status.st_mode)
-        if kind == stat.S_IFREG and path in self._scaffold and status.st_size == 0:
+        if path in self._scaffold and self._is_bare(walk.current.fds[UPPER], name, path, status):
             return
         merges, hides = self._replace(target, name, kind)
         if is_whiteout(status) and (self._part.lowers or self.is_over):
@@ -295,6 +326,8 @@ class _Copier:
             self._room.take(4096)
             if not merges:
                 os.mkdir(name, 0o700, dir_fd=target)
+            else:  # it was counted, and is once more
+                self._copied.disk -= os.stat(name, dir_fd=target, follow_symlinks=False).st_blocks * 512
             if hides and self._part.lowers:
                 # It hid what lies below the base by what the base has there, and does so without that now.
                 os.setxattr(f"/proc/self/fd/{target}/{name}", OPAQUE, b"y")
@@ -316,6 +349,26 @@ class _Copier:
             self._finish_name(target, name, status)
             # Freshly made in a directory of our own, so it cannot be a link.
             os.chmod(name, status.st_mode & 0o777, dir_fd=target)
+
+    def _is_bare(self, directory: int, name: str, path: str | None, status: os.stat_result) -> bool:
+        """Whether it is what Corral has made to mount on, and holds nothing else. It is made anew at each start."""
+        if path not in self._scaffold:
+            return False
+        if not stat.S_ISDIR(status.st_mode):
+            return stat.S_ISREG(status.st_mode) and status.st_size == 0
+        try:
+            fd = os.open(name, OPEN_DIRECTORY, dir_fd=directory)
+        except OSError:
+            return False
+        try:
+            return all(
+                self._is_bare(fd, each, join(path, each), os.stat(each, dir_fd=fd, follow_symlinks=False))
+                for each in os.listdir(fd)
+            )
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
 
     def _replace(self, target: int, name: str, kind: int) -> tuple[bool, bool]:
         """Removes what the base has there, unless both are directories that are merged. Whether they are, and whether
@@ -493,11 +546,13 @@ class _Copier:
             os.fchown(fd, *self._owner(status))
         os.fchmod(fd, status.st_mode & 0o1777)
         os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
+        self._copied.disk += os.fstat(fd).st_blocks * 512
 
     def _finish_name(self, target: int, name: str, status: os.stat_result) -> None:
         if self._ids is not None:
             os.chown(name, *self._owner(status), dir_fd=target, follow_symlinks=False)
         os.utime(name, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=target, follow_symlinks=False)
+        self._copied.disk += os.stat(name, dir_fd=target, follow_symlinks=False).st_blocks * 512
 
     def _owner(self, status: os.stat_result) -> tuple[int, int]:
         if self._ids is None:

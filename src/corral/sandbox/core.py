@@ -15,27 +15,31 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 from corral.errors import CorralError, ExecError, RequestError, SandboxClosed, WallError
 from corral.monitor.records import Glance, Sink, unwritable
+from corral.policy.model import SnapshotWhen
 from corral.reactor import Reactor, Timer
-from corral.sandbox import channel
+from corral.sandbox import channel, claims
 from corral.sandbox.cgroups import Controller
 from corral.sandbox.channel import EndReason, Report, ReportType, Usage
 from corral.sandbox.denials import Denial, summary
 from corral.sandbox.freezer import Freezer
 from corral.sandbox.identity import ROOT_ID
 from corral.sandbox.launcher import launch
-from corral.sandbox.limits import Accountant, Rlimits, exec_limits
+from corral.sandbox.limits import Accountant, Rlimits, children, end_all_but, exec_limits
 from corral.sandbox.notices import Notices
 from corral.sandbox.prepare import Prepared
 from corral.sandbox.view import HOME
 
 if TYPE_CHECKING:
     from corral.log.asciicast import Tape
+    from corral.sandbox.copying import Since
+    from corral.sandbox.layer import KeptLayer
+    from corral.sandbox.snapshots import Snapshots
 
 START_TIMEOUT = 30.0
 _REMOVAL_TRIES = 40
@@ -73,6 +77,8 @@ class Exit:
     """What its command and their children were refused, until it ended."""
     denials_dropped: int = 0
     """Refusals beside these."""
+    restored: str = ""
+    """The layer to which the files were set back meanwhile, if they were."""
 
     @property
     def code(self) -> int:
@@ -85,6 +91,7 @@ class _Running:
     on_exit: Callable[[Exit], None]
     on_stop: Callable[[int], None] | None
     failure: ExecError | None = None
+    restored: str = ""
 
 
 class Chronicle(Protocol):
@@ -147,6 +154,8 @@ class Core:
         self._killed_because = ""
         self._on_ready: Callable[[CorralError | None], None] | None = None
         self._on_end: list[Callable[[], None]] = []
+        self._over = False
+        self._snapshots: Snapshots | None = None
         self._accounted = False
         self._start_timer: Timer | None = None
         try:
@@ -173,8 +182,9 @@ class Core:
         self._start_timer = self._reactor.call_later(START_TIMEOUT, self._start_overdue)
 
     def when_ended(self, callback: Callable[[], None]) -> None:
-        """Calls back when everything is gone and cleaned up; at once if it is already."""
-        if self.state is State.ENDED:
+        """Calls back when everything is gone and cleaned up, and no snapshot reads the layer any more; at once if it
+        is so already."""
+        if self._over:
             callback()
         else:
             self._on_end.append(callback)
@@ -195,6 +205,7 @@ class Core:
             self.layer_fd = -1
         if self.prepared.base is not None:
             self.prepared.base.close()
+        claims.release(self.prepared.id)
 
     def _start_overdue(self) -> None:
         if self.state is State.LAUNCHING:
@@ -351,6 +362,77 @@ class Core:
         if self.state is not State.RUNNING:
             raise SandboxClosed(self.end_reason or "it is not running yet")
 
+    # ---- snapshots ----
+
+    @property
+    def snapshots(self) -> Snapshots:
+        """Takes them."""
+        if self._snapshots is None:
+            from corral.sandbox.snapshots import Snapshots
+
+            self._snapshots = Snapshots(self, self._reactor)
+        return self._snapshots
+
+    @property
+    def since(self) -> Since | None:
+        """What the last snapshot has seen, if there was one."""
+        return None if self._snapshots is None else self._snapshots.since
+
+    @property
+    def is_kept_still(self) -> bool:
+        """Whether a snapshot is being taken; no command can be started until :meth:`when_moving`."""
+        return self._snapshots is not None and self._snapshots.busy
+
+    def when_moving(self, callback: Callable[[], None]) -> None:
+        """Calls back when no snapshot is being taken: at once, nearly always."""
+        if self._snapshots is None:
+            callback()
+        else:
+            self._snapshots.when_idle(callback)
+
+    @property
+    def _keeps_steps(self) -> bool:
+        when = self.prepared.options.policy.filesystem.snapshot
+        return when is SnapshotWhen.STEP and self.state in (State.RUNNING, State.FROZEN)
+
+    def end_others(self) -> bool:
+        """Kills what must not outlive a change of its files, while all stands still; whether any of it is left."""
+        from corral.policy.matching import Paths
+
+        keeps = Paths(self.prepared.options.policy.filesystem.restore_keeps)
+        return end_all_but(self.keeper, lambda program: bool(keeps.all(program)))
+
+    def set_back(self, layer: KeptLayer) -> None:
+        """Makes its files those of a layer. For a thread of its own, while all stands still. Raises CorralError,
+        OSError; its files are neither these nor those then."""
+        from corral.sandbox.restore import restore
+
+        first = children(self.keeper)
+        if not first:
+            raise SandboxClosed("it is ending")
+        restore(self.prepared, self.layer_fd, self.root_fd, first[0], layer)
+
+    def was_set_back(self, layer: KeptLayer) -> None:
+        """Tells those inside, and whoever waits for commands."""
+        self.notices.restored(layer.id, layer.name)
+        for running in self._execs.values():
+            running.restored = layer.id
+
+    def _keep_step(self, step: int, then: Callable[[CorralError | None], None], tries: int = 3) -> None:
+        """A snapshot that policy demands. Where there is none, this is the end: what comes could not be undone."""
+
+        def taken(result: KeptLayer | CorralError) -> None:
+            if not isinstance(result, CorralError):
+                then(None)
+            elif self._keeps_steps and tries > 1:
+                self._keep_step(step, then, tries - 1)
+            else:
+                if self.state is not State.ENDED:
+                    self.kill(f"the snapshot of step {step} could not be taken: {result}")
+                then(result)
+
+        self.snapshots.take(taken, step=step)
+
     # ---- reports ----
 
     def layer_used(self) -> int:
@@ -404,7 +486,12 @@ class Core:
 
     def _exec_ended(self, number: int, running: _Running, result: Exit) -> None:
         self._tell(lambda chronicle: chronicle.exec_ended(number, result))
-        running.on_exit(result)
+        if running.restored:
+            result = replace(result, restored=running.restored)
+        if self._keeps_steps and running.failure is None:
+            self._keep_step(number, lambda _: running.on_exit(result))
+        else:
+            running.on_exit(result)
 
     def _ready(self, report: Report) -> None:
         self.root_fd, self.layer_fd, *listeners = report.fds
@@ -435,7 +522,10 @@ class Core:
             accountant.watch(self.keeper, memory, self.layer_used, self.kill)
             self._accounted = True
         if self._on_ready:
-            self._on_ready(None)
+            if self._keeps_steps:
+                self._keep_step(0, self._on_ready)
+            else:
+                self._on_ready(None)
 
     def _finish(self) -> None:
         """The control socket has ended, so the keeper has cleaned up or is dead."""
@@ -471,6 +561,10 @@ class Core:
             if error is None and (self._killed_because or self.end_reason == _REASONS[EndReason.WALL_TIME]):
                 error = SandboxClosed(self.end_reason)
             self._on_ready(error or WallError("launcher", f"ended before the walls stood: {self.end_reason}"))
+        self.when_moving(self._tell_end)
+
+    def _tell_end(self) -> None:
+        self._over = True
         for callback in self._on_end:
             callback()
 

@@ -89,15 +89,26 @@ def summary(denials: Sequence[Denial], dropped: int = 0, *, place: str = PLACE) 
     return f"{total} action{'s were' if total != 1 else ' was'} refused: {'; '.join(items)}{details}"
 
 
-def stderr_line(denials: Sequence[Denial], dropped: int, before: bytes, *, newline: bytes = b"\n") -> bytes:
-    """What is written at the end of an exec's stderr: nothing where nothing was refused, else one line of its own.
+def stderr_line(
+    denials: Sequence[Denial], dropped: int, before: bytes, *, restored: str = "", newline: bytes = b"\n"
+) -> bytes:
+    """What is written at the end of an exec's stderr: nothing where there is nothing to tell, else a line of its own
+    of what was refused, and one where its files were set back to the layer ``restored``.
 
     ``before`` is what the command wrote last.
     """
-    if not denials and not dropped:
+    lines = [summary(denials, dropped)] if denials or dropped else []
+    if restored:
+        lines.append(set_back(restored))
+    if not lines:
         return b""
     start = b"" if not before or before.endswith(b"\n") else newline
-    return start + f"corral: {summary(denials, dropped)}".encode() + newline
+    return start + b"".join(f"corral: {line}".encode() + newline for line in lines)
+
+
+def set_back(layer: str) -> str:
+    """What is told of a command during which the files were set back."""
+    return f"the files were set back to the layer {layer} while this ran"
 
 
 def _item(denial: Denial) -> str:

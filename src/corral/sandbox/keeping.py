@@ -18,7 +18,7 @@ from corral.errors import CorralError, RequestError
 from corral.sandbox.apply import baseline, terms
 from corral.sandbox.apply.terms import Terms, terms_of, together
 from corral.sandbox.changes import changes
-from corral.sandbox.copying import Copied, Since, copy_parts
+from corral.sandbox.copying import Copied, Quota, Since, copy_parts
 from corral.sandbox.layer import (
     KeptLayer,
     check_id,
@@ -32,6 +32,7 @@ from corral.sandbox.layer import (
 )
 from corral.sandbox.ownership import SAME_IDS, OwnerMap
 from corral.sandbox.prepare import Prepared
+from corral.sandbox.quotas import admit, enter, withdraw
 from corral.sandbox.trees import remove_tree
 
 
@@ -42,16 +43,16 @@ def keep(
     identifier: str = "",
     command: str = "",
     name: str = "",
-    parent: str = "",
+    step: int | None = None,
     unchanged: bool = False,
     since: Since | None = None,
 ) -> KeptLayer | None:
     """Copies the layer of a sandbox that has ended, or stands still, to disk; None where it changes nothing.
 
-    ``identifier`` is that of the sandbox where none is given; ``name`` is for people. With ``unchanged`` it is also
-    kept where it is just what it was begun on. ``since`` is what the last snapshot of the same sandbox has seen; it
-    becomes what this one has. Raises CorralError where it cannot be kept: nothing is left over then, and the layer in
-    memory is still there.
+    ``identifier`` is that of the sandbox where none is given; ``name`` is for people; ``step`` is the one after which
+    it is kept. With ``unchanged`` it is also kept where it is just what it was begun on. ``since`` is what the last
+    snapshot of the same sandbox, its parent, has seen; it becomes what this one has. Raises CorralError where it cannot
+    be kept: nothing is left over then, and the layer in memory is still there.
     """
     if layer < 0:
         raise RequestError("the layer is gone: it was closed, or the sandbox never ran")
@@ -62,7 +63,9 @@ def keep(
     scaffold = prepared.view.scaffold | (base.layer.scaffold if base else frozenset())
     owners = owners_of(prepared)
     stored = replace(owners, upper=SAME_IDS if os.geteuid() == 0 else None)
+    policy = prepared.options.policy
     with store() as layers:
+        quota = _admitted(layers, prepared, identifier)
         partial = f"partial-{os.getpid()}-{identifier}"
         try:
             os.mkdir(partial, 0o700, dir_fd=layers)
@@ -76,7 +79,15 @@ def keep(
                 before = _earlier(since, stack)
                 seen = Since(identifier, time.time_ns()) if since is not None else None
                 copied = copy_parts(
-                    layer, target, prepared.view.parts, owners, scaffold, base=below, before=before, seen=seen
+                    layer,
+                    target,
+                    prepared.view.parts,
+                    owners,
+                    scaffold,
+                    base=below,
+                    before=before,
+                    seen=seen,
+                    quota=quota,
                 )
                 listed = changes(parts, target, stored, scaffold, special_modes=False)
                 if not listed and not unchanged:
@@ -96,16 +107,24 @@ def keep(
                     _describe(prepared, stored, copied, len(listed), command),
                     id=identifier,
                     name=name,
-                    parent=parent or (base.layer.id if base else ""),
+                    parent=(since.layer if since else "") or (base.layer.id if base else ""),
+                    session=prepared.id,
+                    step=step,
                     parts=parts,
                     scaffold=scaffold,
                     began=base.layer.began if base else prepared.began,
                 )
                 baseline.write(directory, existed)
                 terms.write(directory, demanded)
+                kept = replace(kept, disk=copied.disk + _beside(directory))
                 write_meta(directory, kept)
                 _sync(directory)
-                os.rename(partial, identifier, src_dir_fd=layers, dst_dir_fd=layers)
+                enter(layers, kept, prepared.id, policy)
+                try:
+                    os.rename(partial, identifier, src_dir_fd=layers, dst_dir_fd=layers)
+                except BaseException:
+                    withdraw(layers, kept)
+                    raise
                 os.fsync(layers)
                 if since is not None and seen is not None:
                     since.layer, since.taken, since.files = seen.layer, seen.taken, seen.files
@@ -117,6 +136,23 @@ def keep(
                 raise CorralError(f"the changes cannot be kept: {why}") from None
             raise
     return kept
+
+
+_META = 8192
+"""Bytes on disk of a description, nearly always; it says how much that is itself."""
+
+
+def _admitted(layers: int, prepared: Prepared, identifier: str) -> Quota | None:
+    try:
+        return admit(layers, prepared.id, identifier, prepared.options.policy)
+    except OSError as error:
+        raise CorralError(f"the changes cannot be kept: {error.strerror}") from None
+
+
+def _beside(directory: int) -> int:
+    """Bytes on disk of what lies beside the parts."""
+    names = (".", "parts", *(name for name in os.listdir(directory) if name != "parts"))
+    return _META + sum(os.stat(name, dir_fd=directory).st_blocks * 512 for name in names)
 
 
 def _earlier(since: Since | None, stack: ExitStack) -> tuple[int, Since] | None:
@@ -139,6 +175,8 @@ def _describe(prepared: Prepared, owners: OwnerMap, copied: Copied, count: int, 
     return KeptLayer(
         id=prepared.id,
         created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        log=prepared.options.log[0],
+        expires=int(time.time() + for_) + 1 if (for_ := prepared.options.policy.layers.keep_for) is not None else 0,
         workspace=prepared.directory,
         command=command or prepared.options.command or "",
         label=prepared.options.label,

@@ -2,6 +2,7 @@
 
     <state>/layers/<id>/               mode 0700; id is the sandbox's
         meta.json                      what is told about it (format below)
+        pinned                         there where it is to stay (corral.sandbox.area)
         existed, accepted              what was there of what it changes (corral.sandbox.apply.baseline)
         terms                          what its policy demands of whoever applies it (corral.sandbox.apply.terms)
         parts/workspace, parts/home... overlay upper directories, as `copying` stores them
@@ -23,10 +24,10 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from corral.errors import CorralError, RequestError
-from corral.sandbox import paths
+from corral.sandbox import account, paths
 from corral.sandbox.apply import baseline, terms
 from corral.sandbox.apply.baseline import Baseline
 from corral.sandbox.apply.terms import Terms
@@ -36,11 +37,16 @@ from corral.sandbox.extent import is_empty
 from corral.sandbox.image import system_image
 from corral.sandbox.ownership import OwnerMap, owner_map, owners_from_json, owners_to_json
 from corral.sandbox.prepare import Prepared
-from corral.sandbox.trees import OPEN_DIRECTORY, remove_tree
+from corral.sandbox.trees import OPEN_DIRECTORY
 from corral.sandbox.view import Changeable
+
+if TYPE_CHECKING:
+    from corral.sandbox.between import Side
 
 FORMAT = 1
 MAX_META = 4 << 20
+PINNED = "pinned"
+"""The empty file in a layer that is to stay."""
 _ID = re.compile(r"[a-z2-7]{8}")
 _NOBODY = 0
 """The process of a partial one that is not being built."""
@@ -76,6 +82,16 @@ class KeptLayer:
     """What somebody has called it."""
     parent: str = ""
     """The layer that it was begun on, or the snapshot before it; which need not be there any more."""
+    session: str = ""
+    """The sandbox whose files it holds; nothing in one that was kept by an earlier version."""
+    step: int | None = None
+    """The step after which it was taken; 0 is the start. None where that was not by itself."""
+    log: str = ""
+    """The log whose records tell of that session, if it had one."""
+    expires: int = 0
+    """Seconds since the epoch, from when on it may be removed; 0 where nobody has said."""
+    disk: int = 0
+    """Bytes that it added to what is on the disk: files that others have too are not counted."""
 
     def baseline(self, tree: str) -> Baseline:
         """What a tree was like then, by paths relative to it. Raises CorralError where that was not kept, or is
@@ -101,6 +117,8 @@ class KeptLayer:
         with opened(self.id) as directory:
             try:
                 baseline.accept(directory, {**baseline.read(directory, self.began).accepted, **marks})
+                with store() as layers:
+                    account.add(layers, os.stat(baseline.ACCEPTED, dir_fd=directory).st_blocks * 512)
             except (OSError, ValueError) as error:
                 raise CorralError(f"layer {self.id}: cannot remember what was there: {error}") from None
 
@@ -118,6 +136,22 @@ class KeptLayer:
         """What it changes, compared with the host as it is now. Raises RequestError when it was discarded."""
         with self.reading() as parts:
             return self._changes(parts)
+
+    def changes_since(self, before: KeptLayer) -> list[Change]:
+        """What it shows otherwise than another layer of the same workspace. Raises RequestError for one of another, and
+        when one was discarded."""
+        from corral.sandbox.between import between
+
+        if before.workspace != self.workspace:
+            raise RequestError(f"layer {before.id} is of {before.workspace}, and {self.id} of {self.workspace}")
+        with before.reading() as first, self.reading() as second:
+            return between(before.side(first), self.side(second))
+
+    def side(self, parts: int) -> Side:
+        """What it shows, for a comparison; ``parts`` is the directory of its parts."""
+        from corral.sandbox.between import Side
+
+        return Side(tuple(_with_lowers(part) for part in self.parts), parts, self.owners, self.scaffold)
 
     def patch(self, wanted: Callable[[str], bool] = lambda path: True, *, tree: str = "workspace") -> bytes:
         """The changes of the workspace, or of another tree by its part, as a unified diff for `git apply`, with the
@@ -181,11 +215,15 @@ def list_layers() -> list[KeptLayer]:
     """All kept layers of the caller, oldest first; those that cannot be understood are left out."""
     found = []
     with store() as layers:
-        for name in os.listdir(layers):
-            if _ID.fullmatch(name):
-                with suppress(CorralError):
-                    found.append(open_layer(name))
+        for name in layer_names(layers):
+            with suppress(CorralError):
+                found.append(open_layer(name))
     return sorted(found, key=lambda layer: (layer.created, layer.id))
+
+
+def layer_names(layers: int) -> list[str]:
+    """What all are called."""
+    return [name for name in os.listdir(layers) if _ID.fullmatch(name)]
 
 
 def open_layer(identifier: str) -> KeptLayer:
@@ -196,37 +234,61 @@ def open_layer(identifier: str) -> KeptLayer:
 
 def discard(identifier: str) -> None:
     """Removes a kept layer. Where somebody still reads it (a sandbox that was begun on it), nobody finds it any more,
-    and its files go when that is over. Raises RequestError where there is none."""
+    and its files go when that is over. Raises RequestError where there is none, or it is pinned."""
     check_id(identifier)
     with store() as layers:
-        name = f"partial-{_NOBODY}-{identifier}"
+        if is_pinned(layers, identifier):
+            raise RequestError(f"layer {identifier} is pinned; `corral unpin {identifier}` lets go of it")
         try:
-            os.rename(identifier, name, src_dir_fd=layers, dst_dir_fd=layers)
+            name = take_name(layers, identifier)
         except FileNotFoundError:
             raise _unknown(identifier) from None
         except OSError as error:
             raise CorralError(f"layer {identifier} cannot be discarded: {error.strerror}") from None
         try:
             with locked(layers, name, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                remove_tree(layers, name)
+                account.remove(layers, name, wait=False)
         except (BlockingIOError, FileNotFoundError):
             pass  # a later reap_partials removes it, or another already has
         except OSError as error:
             raise CorralError(f"layer {identifier} cannot be removed: {error.strerror}") from None
 
 
-def reap_partials() -> int:
-    """Removes what dead processes left half-built or half-removed; how many there were."""
+def take_name(layers: int, identifier: str) -> str:
+    """Has a layer found by nobody any more, whole or not, and returns what it is called then. Raises OSError."""
+    name = f"partial-{_NOBODY}-{identifier}"
+    os.rename(identifier, name, src_dir_fd=layers, dst_dir_fd=layers)
+    return name
+
+
+def is_pinned(layers: int, identifier: str) -> bool:
+    """Whether somebody has said that a layer is to stay. Who cannot tell takes it for pinned."""
+    try:
+        os.stat(f"{identifier}/{PINNED}", dir_fd=layers, follow_symlinks=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def reap_partials(deadline: float | None = None) -> int:
+    """Removes what dead processes left half-built or half-removed, until ``deadline`` (time.monotonic()); how many
+    there were."""
     count = 0
     with store() as layers:
         for name in os.listdir(layers):
             match = _PARTIAL.fullmatch(name)
             if match is None or os.path.exists(f"/proc/{match[1]}"):
                 continue
-            with suppress(OSError):
+            try:
                 with locked(layers, name, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                    remove_tree(layers, name)
+                    account.remove(layers, name, deadline=deadline, wait=False)
                     count += 1
+            except account.OutOfTime:
+                break
+            except OSError:
+                continue  # somebody reads it still, or is at it
     return count
 
 
@@ -238,7 +300,7 @@ def check_id(identifier: str) -> str:
 
 
 def _unknown(identifier: str) -> RequestError:
-    return RequestError(f"there is no layer {identifier}; `corral diff --list` lists those that there are")
+    return RequestError(f"there is no layer {identifier}; `corral layers` lists those that there are")
 
 
 @contextmanager
@@ -322,12 +384,15 @@ def _with_lowers(part: Changeable) -> Changeable:
 
 _TEXTS = ("created", "workspace", "command", "label", "user")
 _NUMBERS = ("count", "size", "entries")
+_OF_THE_AREA: dict[str, Any] = {"log": "", "expires": 0, "disk": 0}
+"""What earlier versions did not tell, and what it is then."""
 
 
 def write_meta(directory: int, kept: KeptLayer) -> None:
     """Writes what is told about a layer. Raises CorralError, OSError."""
     data: dict[str, Any] = {"format": FORMAT, "id": kept.id}
-    data |= {name: getattr(kept, name) for name in (*_TEXTS, *_NUMBERS, "began", "name", "parent")}
+    data |= {name: getattr(kept, name) for name in (*_TEXTS, *_NUMBERS, "began", "name", "parent", "session", "step")}
+    data |= {name: getattr(kept, name) for name in _OF_THE_AREA}
     data |= {
         "parts": [{"name": part.name, "path": part.path, "lowers": part.lowers} for part in kept.parts],
         "scaffold": sorted(kept.scaffold),
@@ -383,6 +448,9 @@ def _parse(data: Any, identifier: str) -> KeptLayer:
         began=_typed(data.get("began", 0), int),
         name=_typed(data.get("name", ""), str),
         parent=_typed(data.get("parent", ""), str),
+        session=_typed(data.get("session", ""), str),
+        step=None if data.get("step") is None else _typed(data["step"], int),
+        **{name: _typed(data.get(name, usual), type(usual)) for name, usual in _OF_THE_AREA.items()},
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -105,6 +106,29 @@ def descendants(pid: int) -> list[int]:
         current = pending.pop()
         found.append(current)
         pending += children(current)
+    return found
+
+
+def end_all_but(keeper: int, keeps: Callable[[str], bool]) -> bool:
+    """SIGKILL to all below a keeper's first process but those whose program ``keeps`` says; whether any of it lives."""
+    found = False
+    for first in children(keeper):
+        for pid in descendants(first):
+            try:
+                pidfd = os.pidfd_open(pid)
+            except ProcessLookupError:
+                continue
+            try:
+                with open(f"{_PROC}/{pid}/stat", "rb") as file:
+                    state = file.read().rpartition(b") ")[2][:1]
+                if state in b"ZX" or keeps(os.readlink(f"{_PROC}/{pid}/exe")):
+                    continue
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                found = True
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it has ended
+            finally:
+                os.close(pidfd)
     return found
 
 

@@ -1,7 +1,9 @@
 """Brings refusals to the agent: with the result of the exec, and in a file that it can read and cannot change.
 
-The file lies in a directory of the layer that the sandbox shows read-only, so not even an agent with the controller's
-own id can write, remove or cover it. It is bounded: when it is full, its last line counts what came after.
+A second file there says when its files were set back to a layer, which it may not notice otherwise.
+
+The files lie in a directory of the layer that the sandbox shows read-only, so not even an agent with the controller's
+own id can write, remove or cover them. They are bounded: when the first is full, its last line counts what came after.
 
 A refusal is recorded before its caller is answered, so before the caller can exit: when the end of an exec is
 reported, all that its command was refused is here. What its daemons are refused later is in the file only.
@@ -12,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Hashable
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -27,6 +30,7 @@ MAX_BYTES = 1 << 20
 MAX_DENIALS = 100
 """Different ones that are kept of one exec; the others are counted."""
 _NAME = "denials.jsonl"
+_RESTORES = "restores.jsonl"
 _COUNT_BYTES = 128
 """Room for the line with the count."""
 
@@ -55,6 +59,12 @@ class Notices:
             if self._file:
                 self._file.close()
                 self._file = None
+
+    def restored(self, layer: str, name: str) -> None:
+        """Tells that the files are those of a layer now."""
+        with self._lock:
+            if self._file:
+                self._file.restored(layer, name)
 
     def expect(self, number: int) -> None:
         """Collects for an exec; before it starts."""
@@ -138,10 +148,28 @@ class _File:
         with suppress(OSError):
             self._write(_count(self._more))  # over the count before it, which has the same length
 
+    def restored(self, layer: str, name: str) -> None:
+        """Adds a line to the other file, as long as there is room."""
+        import json
+
+        with suppress(OSError, CorralError):
+            try:
+                fd = os.open(
+                    _RESTORES, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory
+                )
+            except FileNotFoundError:
+                fd = self._make(_RESTORES)
+            try:
+                line = json.dumps({"layer": layer, "name": name, "time": round(time.time(), 3)}).encode("ascii")
+                if os.fstat(fd).st_size + len(line) < MAX_BYTES:
+                    os.write(fd, line + b"\n")
+            finally:
+                os.close(fd)
+
     def _write(self, line: bytes) -> int:
         """Writes at the end, all or nothing, and returns the length."""
         if self._fd < 0:
-            self._fd = self._make()
+            self._fd = self._make(_NAME)
         try:
             written = os.pwrite(self._fd, line, self._end)
         except OSError:
@@ -151,13 +179,13 @@ class _File:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return written
 
-    def _make(self) -> int:
+    def _make(self, name: str) -> int:
         """The new file. One name in a directory that nobody inside can write to: nothing planted can be there."""
         owner = os.fstat(self._directory)
         # Root's controller has no id in the sandbox, and a file system of the sandbox takes files of its ids only.
         with Actor(owner.st_uid, owner.st_gid).acting():
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            fd = os.open(_NAME, flags, 0o444, dir_fd=self._directory)
+            fd = os.open(name, flags, 0o444, dir_fd=self._directory)
             os.fchmod(fd, 0o444)  # whatever the umask is
         return fd
 

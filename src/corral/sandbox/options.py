@@ -43,6 +43,8 @@ class Options:
     """Absolute host paths that are absent inside, beside those of the policy: what Corral itself keeps there."""
     log: tuple[str, str] = ("", "")
     """The directory and the name of the log that it is recorded in, which whoever applies its changes goes on with."""
+    keep: bool = False
+    """Whether its changes are kept when it ends."""
 
 
 def user_id(user: str | int) -> int:

@@ -10,10 +10,11 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from corral.errors import RequestError
+from corral.diskspace import spare_bytes
+from corral.errors import CorralError, RequestError
 from corral.gateway import capture
 from corral.policy.model import Degradation, Policy
-from corral.sandbox import cgroups, paths
+from corral.sandbox import cgroups, claims, paths
 from corral.sandbox.environment import make_environment
 from corral.sandbox.identity import Identity, make_identity, workspace_lines
 from corral.sandbox.image import system_image
@@ -105,6 +106,28 @@ def _plan_capture(plan: Plan) -> None:
         plan.datagram(address, capture.DNS_PORT)
 
 
+def _set_aside(sandbox_id: str, policy: Policy) -> None:
+    """Room for what is kept when it ends, as far as that can be known. Raises CorralError where there is none."""
+    state = paths.state_directory()
+    try:
+        fd = os.open(state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            is_full = spare_bytes(fd) < 0
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise RequestError(f"{state}: {error.strerror}") from None
+    if is_full:
+        raise CorralError(
+            f"the changes of this run could not be kept: less than 1 GiB or 5 % of the disk of {state} is free; make "
+            "room (`corral gc`, `corral discard`), or run it with --discard"
+        )
+    if policy.layers.total_bytes is not None:
+        from corral.sandbox.quotas import reserve  # slow to load, and seldom needed
+
+        reserve(sandbox_id, policy)
+
+
 def has_way_out(policy: Policy) -> bool:
     """Whether a sandbox gets one. Without a destination nothing is to be decided, and nothing leaves for want of a
     route."""
@@ -135,7 +158,7 @@ def prepare(options: Options, *, gateway: bool | None = None) -> Prepared:
         hints |= environment_hints(options.environment, (*trees, *visible))
     hints |= outlet.environment
 
-    base = None
+    base, sandbox_id = None, new_id()
     if options.on is not None:
         from corral.sandbox.base import open_base  # which needs this module
 
@@ -154,7 +177,8 @@ def prepare(options: Options, *, gateway: bool | None = None) -> Prepared:
             plan.remove(path_left)
         if resources.wall_time is not None:
             plan.wall_time(resources.wall_time)
-        sandbox_id = new_id()
+        if options.keep:
+            _set_aside(sandbox_id, policy)
         groups = cgroups.plan_groups(plan, f"{os.getpid()}-{sandbox_id}", resources)
         request = Request(
             identity=identity,
@@ -207,6 +231,7 @@ def prepare(options: Options, *, gateway: bool | None = None) -> Prepared:
             time.time_ns(),
         )
     except BaseException:
+        claims.release(sandbox_id)
         if identity is not None:
             identity.release()
         if base is not None:

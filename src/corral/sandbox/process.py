@@ -226,7 +226,9 @@ class Process:
         newline = b"\r\n" if self.terminal else b"\n"
         for protocol in self._protocols:
             protocol.complete(
-                lambda before: stderr_line(result.denials, result.denials_dropped, before, newline=newline)
+                lambda before: stderr_line(
+                    result.denials, result.denials_dropped, before, restored=result.restored, newline=newline
+                )
             )
         self._check_gone()
 

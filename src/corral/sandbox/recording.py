@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,6 +11,7 @@ from corral.log.asciicast import Tape
 from corral.log.events import ExecEnded, ExecStarted, SessionEnded, SessionStarted
 from corral.log.ocsf import Context
 from corral.log.places import open_payloads
+from corral.log.policies import note_policy
 from corral.log.sink import SessionLog
 from corral.log.writer import Log
 from corral.monitor.records import Sink
@@ -18,6 +20,7 @@ from corral.reactor import Reactor
 from corral.sandbox.contents import Contents
 from corral.sandbox.core import Core, Exit
 from corral.sandbox.layer import live_patch
+from corral.sandbox.peers import Peer
 from corral.sandbox.prepare import Prepared
 from corral.version import VERSION
 
@@ -67,8 +70,10 @@ class Recorder:
         payloads = open_payloads(log.directory) if policy.log.keep else None
         self.session = SessionLog(log, context, unawaited=frozenset(policy.log.asynchronous))
         """The sink for the monitor."""
-        form = canonical_form(policy).decode()
-        self.session.record(SessionStarted(prepared.directory, options.label, form))
+        form = canonical_form(policy)
+        self.session.record(SessionStarted(prepared.directory, options.label, form.decode()))
+        by = str(Peer(os.getpid(), os.geteuid()))
+        note_policy(log, policy.agent.name, form, by, self.session.record)
         if payloads is not None:
             self.contents = Contents(self.session, payloads, policy.log, Origin(prepared.id, prepared.id))
 

@@ -19,25 +19,34 @@ import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from corral.errors import CorralError, RequestError, SandboxClosed
 from corral.reactor import Reactor
 from corral.sandbox import cgroups, paths
 from corral.sandbox.channel import sealed_memfd
 from corral.sandbox.core import Core, Exit, State
-from corral.sandbox.denials import summary
+from corral.sandbox.denials import set_back, summary
+from corral.sandbox.options import check_text
 from corral.sandbox.peers import Peer, peer_of
+
+if TYPE_CHECKING:
+    from corral.sandbox.layer import KeptLayer
 
 MAX_MESSAGE = 128 << 10
 MAX_LONG_MESSAGE = 16 << 20
 MAX_CLIENTS = 64
+MAX_NAME = 200
+"""Characters of what somebody calls a snapshot."""
 KILLED = 128 + signal.SIGKILL
 """Exit code of a command that ended with its sandbox."""
 _TIMEOUT = 5.0
+_REAPING = 0.5
+"""Seconds of a start that may go into removing what others have left; the rest is for the next."""
 
 
 def reap_dead_controllers() -> None:
@@ -54,7 +63,7 @@ def reap_dead_controllers() -> None:
         if any(name.startswith("partial-") for name in os.listdir(os.path.join(paths.state_directory(), "layers"))):
             from corral.sandbox.layer import reap_partials  # slow to load, and seldom needed
 
-            reap_partials()
+            reap_partials(time.monotonic() + _REAPING)
     with suppress(OSError):
         if any(name.startswith("busy-") for name in os.listdir(os.path.join(paths.state_directory(), "applies"))):
             from corral.sandbox.apply.recovery import recover
@@ -206,7 +215,14 @@ class _Client:
             }
             self._answer(described, (core.root_fd,))
         elif verb == "exec":
-            self._start(core, message, fds)
+            self._start_moving(core, message, fds)
+        elif verb == "snapshot":
+            name = check_text("name", str(message.get("name", ""))[:MAX_NAME])
+            core.snapshots.take(self._taken, name=name)
+        elif verb == "restore":
+            from corral.sandbox.layer import open_layer
+
+            core.snapshots.restore(self._taken, open_layer(str(message["layer"])))
         elif verb == "signal" and self._exec:
             self._exec[0].signal(self._exec[1], int(message["number"]))
         elif verb in ("pending", "answer"):
@@ -241,6 +257,31 @@ class _Client:
         else:
             self._server.reactor.call_later(0.005, self._wait_frozen, core, tries - 1)
 
+    def _taken(self, result: KeptLayer | CorralError) -> None:
+        if isinstance(result, CorralError):
+            self._answer({"error": str(result), "exit_code": result.exit_code})
+        else:
+            self._answer({"layer": result.id})
+
+    def _start_moving(self, core: Core, message: dict[str, Any], fds: list[int]) -> None:
+        """Starts a command, once no snapshot is being taken any more."""
+        if not core.is_kept_still:
+            self._start(core, message, fds)
+            return
+        held = [os.dup(fd) for fd in fds]
+
+        def start() -> None:
+            try:
+                if self._connection.fileno() >= 0:
+                    self._start(core, message, held)
+            except CorralError as error:
+                self._answer({"error": str(error), "exit_code": error.exit_code})
+            finally:
+                for fd in held:
+                    os.close(fd)
+
+        core.when_moving(start)
+
     def _start(self, core: Core, message: dict[str, Any], fds: list[int]) -> None:
         if self._exec or len(fds) != 3:
             raise RequestError("one command a connection, with three descriptors")
@@ -265,7 +306,8 @@ class _Client:
             error = {"error": str(result.error), "exit_code": code}
         elif result.denials or result.denials_dropped:
             error = {"refused": summary(result.denials, result.denials_dropped)}
-        self._answer({"status": result.status} | error)
+        restored = {"restored": set_back(result.restored)} if result.restored else {}
+        self._answer({"status": result.status} | error | restored)
 
 
 class _Server:

@@ -41,6 +41,8 @@ class ExecResult:
     """What the command and its children were refused until it ended, equal ones counted together."""
     denials_dropped: int = 0
     """How many refusals there were beside these."""
+    restored: str = ""
+    """The layer to which the files were set back while it ran, if they were; stderr has a line of that."""
 
     @property
     def text(self) -> str:

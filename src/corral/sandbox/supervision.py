@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from corral.approvals.queue import Queue
+from corral.approvals.queue import Queue, Register
 from corral.monitor.core import Monitor
 from corral.monitor.records import Account, Aggregator, Glance, Ledger, Recent, Several, Sink, unwritable
 from corral.policy.model import Processes
@@ -37,7 +37,8 @@ class Supervision:
         policy = prepared.options.policy
         self.recent = Recent()
         """The latest decisions."""
-        self.approvals = Queue(policy.approvals.timeout, kill=end, on_change=self.hold_if_asked)
+        registers = [sink for sink in sinks if isinstance(sink, Register)]
+        self.approvals = Queue(policy.approvals.timeout, kill=end, on_change=self.hold_if_asked, registers=registers)
         """What is held."""
         self._freeze, self._hold = policy.approvals.freeze, hold
         self._hold_lock = threading.Lock()

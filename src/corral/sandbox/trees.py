@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 OPAQUE = "user.overlay.opaque"
 OVERLAY_PREFIX = "user.overlay."
@@ -91,6 +91,8 @@ class Walk:
     def __init__(self, roots: Mapping[int, int], path: str, *, raise_unreadable: bool = False) -> None:
         """Starts at copies of the given descriptors, which stay the caller's."""
         self.raise_unreadable = raise_unreadable
+        self.uppers = {UPPER}
+        """The trees that are layers, whose files are all of one owner."""
         self.levels = [Level("", path, {tree: os.open(".", OPEN_DIRECTORY, dir_fd=fd) for tree, fd in roots.items()})]
 
     def __enter__(self) -> Walk:
@@ -126,7 +128,7 @@ class Walk:
         try:
             return os.stat(name, dir_fd=fd, follow_symlinks=False)
         except PermissionError as error:
-            if tree == UPPER:
+            if tree in self.uppers:
                 self._unreadable(error)
         except OSError:
             pass
@@ -142,7 +144,7 @@ class Walk:
         except PermissionError as error:
             # Below lie the host's files. Those of others are as closed to the sandbox as they are to its caller.
             status = self.status(tree, name)
-            if tree == UPPER or (status is not None and status.st_uid == os.geteuid()):
+            if tree in self.uppers or (status is not None and status.st_uid == os.geteuid()):
                 self._unreadable(error)
         except OSError:
             pass
@@ -217,8 +219,9 @@ def _identity(fd: int) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def remove_tree(parent: int, name: str) -> None:
-    """Removes a directory tree of one's own, whatever modes it has; follows no link. Raises OSError."""
+def remove_tree(parent: int, name: str, *, removed: Callable[[os.stat_result], None] | None = None) -> None:
+    """Removes a directory tree of one's own, whatever modes it has; follows no link. ``removed`` is told of each entry
+    that is gone, as it was just before; what it raises stops this. Raises OSError."""
     _make_accessible(parent, name)
     try:
         root = os.open(name, OPEN_DIRECTORY, dir_fd=parent)
@@ -231,13 +234,16 @@ def remove_tree(parent: int, name: str) -> None:
         return
     try:
         with Walk({UPPER: root}, "") as walk:
-            _empty(walk)
+            _empty(walk, removed)
+        status = os.fstat(root)
     finally:
         os.close(root)
     os.rmdir(name, dir_fd=parent)
+    if removed is not None:
+        removed(status)
 
 
-def _empty(walk: Walk) -> None:
+def _empty(walk: Walk, removed: Callable[[os.stat_result], None] | None) -> None:
     walk.current.names = iter(walk.list(UPPER))
     while True:
         level = walk.current
@@ -245,12 +251,18 @@ def _empty(walk: Walk) -> None:
         if name is None:
             if len(walk.levels) == 1:
                 return
+            status = os.fstat(level.fds[UPPER]) if removed is not None else None
             left = walk.leave()
             os.rmdir(left.name, dir_fd=walk.current.fds[UPPER])
+            if removed is not None and status is not None:
+                removed(status)
             continue
         directory = level.fds[UPPER]
         try:
+            status = os.stat(name, dir_fd=directory, follow_symlinks=False) if removed is not None else None
             os.unlink(name, dir_fd=directory)
+            if removed is not None and status is not None:
+                removed(status)
             continue
         except FileNotFoundError:
             continue

@@ -1,4 +1,4 @@
-/* Lets the n-th system call that changes a file below a directory fail. Loaded with LD_PRELOAD; armed by fault_arm(). */
+/* Lets the n-th system call on a file below a directory fail. Loaded with LD_PRELOAD; armed by fault_arm(). */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -16,7 +16,8 @@ static long calls, target = -1;
 static int error, sticky, fired;
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 
-/* From now on call `at` (the first is 0; -1: none) fails with `number`, and with `all` those after it too. */
+/* From now on call `at` (the first is 0; -1: none) fails with `number`, and with `all` those after it too. What only
+ * reads fails with EIO only. Without a number nothing fails, but no write writes more than half. */
 void fault_arm(const char *directory, long at, int number, int all)
 {
     pthread_mutex_lock(&mutex);
@@ -63,44 +64,65 @@ static int fails_at(int fd)
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
+/* How much of it is written: what still fits, or half, or nothing. */
+static ssize_t written(int fd, size_t size)
+{
+    int failed = fails_at(fd);
+    if (failed && !(error == ENOSPC && size > 1) && error)
+        return -1;
+    return failed && size > 1 ? (ssize_t)(size / 2) : (ssize_t)size;
+}
+
 ssize_t write(int fd, const void *data, size_t size)
 {
-    if (fails_at(fd)) {
-        if (error == ENOSPC && size > 1) /* what still fits is written */
-            return REAL(write)(fd, data, size / 2);
-        return -1;
-    }
-    return REAL(write)(fd, data, size);
+    ssize_t some = written(fd, size);
+    return some < 0 ? -1 : REAL(write)(fd, data, (size_t)some);
 }
 
 ssize_t pwrite64(int fd, const void *data, size_t size, off64_t offset)
 {
-    return fails_at(fd) ? -1 : REAL(pwrite64)(fd, data, size, offset);
+    ssize_t some = written(fd, size);
+    return some < 0 ? -1 : REAL(pwrite64)(fd, data, (size_t)some, offset);
+}
+
+ssize_t read(int fd, void *data, size_t size)
+{
+    return error == EIO && fails_at(fd) ? -1 : REAL(read)(fd, data, size);
+}
+
+ssize_t pread64(int fd, void *data, size_t size, off64_t offset)
+{
+    return error == EIO && fails_at(fd) ? -1 : REAL(pread64)(fd, data, size, offset);
+}
+
+int ftruncate64(int fd, off64_t size)
+{
+    return error && fails_at(fd) ? -1 : REAL(ftruncate64)(fd, size);
 }
 
 int fsync(int fd)
 {
-    return fails_at(fd) ? -1 : REAL(fsync)(fd);
+    return error && fails_at(fd) ? -1 : REAL(fsync)(fd);
 }
 
 int fdatasync(int fd)
 {
-    return fails_at(fd) ? -1 : REAL(fdatasync)(fd);
+    return error && fails_at(fd) ? -1 : REAL(fdatasync)(fd);
 }
 
 int rename(const char *from, const char *to)
 {
-    return fails(to) ? -1 : REAL(rename)(from, to);
+    return error && fails(to) ? -1 : REAL(rename)(from, to);
 }
 
 int unlink(const char *path)
 {
-    return fails(path) ? -1 : REAL(unlink)(path);
+    return error && fails(path) ? -1 : REAL(unlink)(path);
 }
 
 int mkdir(const char *path, mode_t mode)
 {
-    return fails(path) ? -1 : REAL(mkdir)(path, mode);
+    return error && fails(path) ? -1 : REAL(mkdir)(path, mode);
 }
 
 int open64(const char *path, int flags, ...)
@@ -109,7 +131,7 @@ int open64(const char *path, int flags, ...)
     va_start(more, flags);
     mode_t mode = flags & O_CREAT ? va_arg(more, mode_t) : 0;
     va_end(more);
-    if (flags & O_CREAT && fails(path))
+    if (error && (flags & O_CREAT || error == EIO) && fails(path))
         return -1;
     return REAL(open64)(path, flags, mode);
 }

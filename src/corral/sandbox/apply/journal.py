@@ -4,6 +4,7 @@
     <state>/applies/<id>/           mode 0700; locked (flock) by whoever is at it
         journal.json                what, and how far (format below); replaced at once
         before/<number>             copies of what was there, for taking it back
+    <state>/applies/gone-<id>       what is being removed
 
 Beside the workspace's own files, on their file system, lies ``.corral-<id>`` meanwhile, in which what is new waits and
 what was there before is put.
@@ -36,6 +37,7 @@ MAX_JOURNAL = 256 << 20
 JOURNAL = "journal.json"
 BEFORE = "before"
 _BUSY = "busy-"
+_GONE = "gone-"
 FRESH = 60.0
 """Seconds in which whoever has made a place for a journal writes it."""
 _ID = re.compile(r"[a-z2-7]{8}")
@@ -215,13 +217,29 @@ def journals() -> list[Journal]:
 
 
 def forget(identifier: str) -> None:
-    """Removes it, and the copies of what was there, if it is there. Raises CorralError."""
-    parent = os.open(store(), OPEN_DIRECTORY)
+    """Removes it, and the copies of what was there, if it is there. Whoever is killed at it leaves nothing that could
+    be taken for whole. Raises CorralError."""
+    sweep()
+    place = store()
     try:
-        remove_tree(parent, identifier)
-        os.fsync(parent)
+        with suppress(FileNotFoundError):
+            os.rename(os.path.join(place, identifier), os.path.join(place, f"{_GONE}{identifier}"))
     except OSError as error:
         raise CorralError(f"{identifier}: cannot remove it: {error.strerror}") from None
+    sweep()
+
+
+def sweep() -> None:
+    """Removes what was forgotten. Raises CorralError."""
+    parent = os.open(store(), OPEN_DIRECTORY)
+    try:
+        for name in os.listdir(parent):
+            if name.startswith(_GONE):
+                with suppress(FileNotFoundError):  # somebody else is at it, too
+                    remove_tree(parent, name)
+        os.fsync(parent)
+    except OSError as error:
+        raise CorralError(f"what was forgotten cannot be removed: {error.strerror}") from None
     finally:
         os.close(parent)
 

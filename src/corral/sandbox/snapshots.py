@@ -1,0 +1,206 @@
+"""Snapshots of one sandbox, and going back to one in its place: all stands still, files are copied, all goes on.
+
+One at a time; the next ones wait for their turn, and so do commands that are to be started meanwhile. Like the core it
+is used from the reactor's thread only; the copying happens in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from corral.errors import CorralError, SandboxClosed
+from corral.reactor import Reactor
+from corral.sandbox.copying import Since
+from corral.sandbox.keeping import keep
+from corral.sandbox.layer import KeptLayer
+from corral.sandbox.prepare import new_id
+from corral.sandbox.restore import check_fits
+
+if TYPE_CHECKING:
+    from corral.sandbox.core import Core
+
+STAND_STILL = 10.0
+"""Seconds in which everything must have stopped."""
+_LOOK_AGAIN = 0.001
+
+OnTaken = Callable[["KeptLayer | CorralError"], None]
+
+
+class Taking:
+    """A snapshot that was asked for, or, with a layer, going back to that."""
+
+    __slots__ = ("abandoned", "name", "on_taken", "step", "to", "was_frozen")
+
+    def __init__(self, on_taken: OnTaken, name: str = "", step: int | None = None, to: KeptLayer | None = None) -> None:
+        self.on_taken, self.name, self.step, self.to = on_taken, name, step, to
+        self.abandoned = False
+        """Nobody would know of the snapshot: it is discarded once it is there."""
+        self.was_frozen = False
+
+
+class Snapshots:
+    """Takes the snapshots of one sandbox. ``core`` must be running, or frozen, when one is asked for."""
+
+    def __init__(self, core: Core, reactor: Reactor) -> None:
+        self.since = Since()
+        """What the last one has seen; ``since.layer`` is its id."""
+        self._core, self._reactor = core, reactor
+        self._waiting: deque[Taking] = deque()
+        self._current: Taking | None = None
+        self._on_idle: list[Callable[[], None]] = []
+        self._result: KeptLayer | BaseException | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether one is being taken."""
+        return self._current is not None
+
+    def take(self, on_taken: OnTaken, *, name: str = "", step: int | None = None) -> Taking:
+        """Calls back with a kept layer that holds the files as they were at one moment, or with the error why there
+        is none. ``step`` is the one after which it was taken."""
+        return self._ask(Taking(on_taken, name, step))
+
+    def restore(self, on_restored: OnTaken, layer: KeptLayer) -> None:
+        """Makes its files those of ``layer``, and calls back with that, or with the error why it cannot be. All that
+        runs inside is killed before, but for what policy keeps. If it fails half-way the sandbox ends.
+
+        Raises RequestError for a layer that does not fit."""
+        check_fits(self._core.prepared, layer)
+        self._ask(Taking(on_restored, to=layer))
+
+    def _ask(self, taking: Taking) -> Taking:
+        self._waiting.append(taking)
+        if self._current is None:
+            self._begin()
+        return taking
+
+    def when_idle(self, callback: Callable[[], None]) -> None:
+        """Calls back when none is being taken; at once where that is now."""
+        if self.busy:
+            self._on_idle.append(callback)
+        else:
+            callback()
+
+    def _begin(self) -> None:
+        taking = self._current = self._waiting.popleft()
+        core = self._core
+        from corral.sandbox.core import State  # which makes this
+
+        taking.was_frozen = core.state is State.FROZEN
+        try:
+            if not taking.was_frozen:
+                core.freeze()
+        except CorralError as error:
+            self._end(error)
+            return
+        self._stand_still(time.monotonic() + STAND_STILL)
+
+    def _stand_still(self, deadline: float) -> None:
+        from corral.sandbox.core import State
+
+        core = self._core
+        try:
+            if core.frozen() and not (self._returns and core.end_others()):
+                self._start()
+                return
+            if core.state is not State.FROZEN:
+                raise SandboxClosed(core.end_reason or "it was thawed, or is ending")
+            if time.monotonic() > deadline:
+                core.kill("it could not be frozen")
+                raise SandboxClosed("it could not be frozen")
+        except (CorralError, OSError, RuntimeError) as error:  # also: no thread, no descriptor
+            self._end(error)
+            return
+        self._reactor.call_later(_LOOK_AGAIN, self._stand_still, deadline)
+
+    @property
+    def _returns(self) -> bool:
+        return self._current is not None and self._current.to is not None
+
+    def _start(self) -> None:
+        taking = self._current
+        assert taking is not None  # noqa: S101 - for the type checker
+        done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            thread = threading.Thread(target=self._copy, args=(taking, done), name="corral-snapshot", daemon=True)
+            self._reactor.add_reader(done, self._copied, done)
+            thread.start()
+        except BaseException:
+            self._reactor.remove_reader(done)
+            os.close(done)
+            raise
+
+    def _copy(self, taking: Taking, done: int) -> None:
+        """In its thread. What it reads is not closed before the last one is over (:meth:`when_idle`)."""
+        try:
+            if taking.to is not None:
+                self._core.set_back(taking.to)
+                self._result = taking.to
+                return
+            self._result = keep(
+                self._core.prepared,
+                self._core.layer_fd,
+                identifier=new_id(),
+                name=taking.name,
+                step=taking.step,
+                unchanged=True,
+                since=self.since,
+            )
+        except BaseException as error:  # it is the answer
+            self._result = error
+        finally:
+            os.eventfd_write(done, 1)
+
+    def _copied(self, done: int) -> None:
+        self._reactor.remove_reader(done)
+        os.close(done)
+        result, self._result = self._result, None
+        if self._returns:
+            if not isinstance(result, KeptLayer):
+                self._core.kill(f"its files could not be set back: {result}")
+            else:
+                self.since = Since(result.id)
+                self._core.was_set_back(result)
+        elif isinstance(result, KeptLayer):
+            why = self._why_not()
+            if why:
+                try:
+                    result.discard()
+                except CorralError as error:
+                    why = f"{why}; {error}"
+                result = CorralError(why)
+        self._end(result)
+
+    def _why_not(self) -> str:
+        """Why what was copied is no snapshot, or nothing."""
+        taking = self._current
+        assert taking is not None  # noqa: S101 - for the type checker
+        try:
+            if taking.abandoned:
+                return "nobody waits for it any more"
+            if self._core.frozen():
+                return ""
+        except CorralError as error:
+            return str(error)
+        return self._core.end_reason or "something inside went on while a snapshot was taken; take another"
+
+    def _end(self, result: KeptLayer | BaseException | None) -> None:
+        taking, self._current = self._current, None
+        assert taking is not None  # noqa: S101 - for the type checker
+        if not taking.was_frozen:
+            self._core.thaw()
+        answer = result if isinstance(result, KeptLayer | CorralError) else CorralError(f"it failed: {result}")
+        try:
+            taking.on_taken(answer)  # which may ask for another
+        finally:
+            if not self.busy and self._waiting:
+                self._begin()
+            if not self.busy:
+                idle, self._on_idle = self._on_idle, []
+                for callback in idle:
+                    callback()
