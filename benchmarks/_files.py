@@ -12,7 +12,7 @@ from pathlib import Path
 from _common import Row, p95
 
 from corral import Sandbox
-from corral.sandbox.apply.proposal import propose
+from corral.sandbox.apply.proposing import propose
 from corral.sandbox.apply.undo import undo
 from corral.sandbox.layer import KeptLayer, list_layers
 

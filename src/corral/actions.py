@@ -69,6 +69,7 @@ class Kind(Enum):
     SANDBOX_RESTORE = "sandbox.restore"
     SANDBOX_FORK = "sandbox.fork"
     SANDBOX_APPLY = "sandbox.apply"
+    SANDBOX_UNDO = "sandbox.undo"
     SANDBOX_DISCARD = "sandbox.discard"
 
     @property
@@ -98,6 +99,7 @@ _REVERSIBLE = {
     Kind.SANDBOX_RESTORE: Reversible.NO,  # what no snapshot has is lost
     Kind.SANDBOX_FORK: Reversible.YES,
     Kind.SANDBOX_APPLY: Reversible.NO,  # undo is for as long as nobody else has touched the files
+    Kind.SANDBOX_UNDO: Reversible.NO,  # the layer that could be applied again need not be kept any more
     Kind.SANDBOX_DISCARD: Reversible.NO,
 }
 
@@ -273,6 +275,12 @@ class Verb:
     """One of the sandbox's own verbs, with what it is about (paths of an apply, the name of a snapshot)."""
 
     names: tuple[str, ...] = ()
+    source: str = ""
+    """Where it takes that from: the layer of an apply, the apply of an undo."""
+    digest: str = ""
+    """Of an apply or undo: the hash of exactly what would be changed, to what."""
+    target: str = ""
+    """Where it goes, if not into files: the branch that an apply becomes."""
 
     def __str__(self) -> str:
         return ", ".join(self.names)

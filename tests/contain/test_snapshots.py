@@ -13,14 +13,15 @@ from hypothesis import HealthCheck, given, settings
 
 from corral.errors import CorralError, RequestError, SandboxClosed
 from corral.policy.load import parse_policy
-from corral.sandbox.apply.proposal import propose
+from corral.sandbox.apply.proposing import propose
 from corral.sandbox.apply.undo import undo
 from corral.sandbox.changes import ChangeKind
 from corral.sandbox.layer import KeptLayer, list_layers
 from corral.sandbox.sync import SyncSandbox
+from tests.contain.applies import look
 from tests.contain.command_line import CommandLine, adopting_orphans
 from tests.contain.conftest import MakeBox
-from tests.contain.test_apply import DO, OPERATIONS, PYTHON, in_short, look
+from tests.contain.test_apply import DO, OPERATIONS, PYTHON, in_short
 
 pytestmark = pytest.mark.usefixtures("state")
 

@@ -25,13 +25,14 @@ from corral import Sandbox
 from corral.policy.load import parse_policy
 from corral.policy.model import Policy
 from corral.sandbox import area, registry
-from corral.sandbox.apply.proposal import propose
+from corral.sandbox.apply.proposing import propose
 from corral.sandbox.apply.undo import undo
 from corral.sandbox.changes import Change, ChangeKind, FileType
 from corral.sandbox.layer import KeptLayer, list_layers
 from corral.sandbox.sync import SyncSandbox
+from tests.contain.applies import look
 from tests.contain.command_line import adopting_orphans, groups_of
-from tests.contain.test_apply import PYTHON, in_short, look
+from tests.contain.test_apply import PYTHON, in_short
 
 pytestmark = pytest.mark.usefixtures("state")
 

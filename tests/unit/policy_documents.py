@@ -162,6 +162,13 @@ DOCUMENTS: st.SearchStrategy[Document] = _section(
         keep=st.dictionaries(st.sampled_from([each.value for each in Content]), st.just("30d") | st.integers(1, 999)),
         keep_bytes=st.integers(1024, 1 << 26),
     ),
+    apply=_section(
+        ask=st.lists(PATH_GLOBS | LABELS, max_size=3),
+        witnesses=st.lists(
+            st.just("witness.example/one+55da798a+BMhTrQ8M0rYZrqks7sT9VqJNZJnVhM55JX5Fz9gTm2Cn"), max_size=1
+        ),
+        cosignatures=st.integers(0, 64),
+    ),
     detection=_section(rules=st.lists(PATHS, max_size=3)),
     autonomy=_section(level=st.integers(0, 9)),
     irreversible=ANSWERS,

@@ -43,12 +43,14 @@ from corral.actions import (
 from corral.approvals.queue import Ending, Scope
 from corral.log.approval import action_hash
 from corral.log.events import (
+    ApplyEnded,
     Approval,
     Event,
     ExecEnded,
     ExecStarted,
     KeyRotated,
     LogRecovered,
+    Outcome,
     PayloadErased,
     PayloadKept,
     PayloadLost,
@@ -81,7 +83,7 @@ SUBJECTS: dict[Kind, st.SearchStrategy[Any]] = {
     Kind.KERNEL: st.builds(KernelCall, HOSTILE, NUMBERS, HOSTILE, st.booleans()),
 }
 FILES = st.builds(File, HOSTILE, st.sampled_from(Access), HOSTILE)
-VERBS = st.builds(Verb, st.lists(HOSTILE, max_size=3).map(tuple))
+VERBS = st.builds(Verb, st.lists(HOSTILE, max_size=3).map(tuple), HOSTILE, HOSTILE, HOSTILE)
 PROCESSES = st.builds(
     Process,
     NUMBERS,
@@ -125,6 +127,7 @@ LIFE = (
     | st.builds(SessionEnded, HOSTILE)
     | st.builds(ExecStarted, NUMBERS, st.lists(HOSTILE, max_size=4).map(tuple), HOSTILE, NUMBERS)
     | st.builds(ExecEnded, NUMBERS, NUMBERS, HOSTILE, NUMBERS, NUMBERS, NUMBERS, NUMBERS)
+    | st.builds(ApplyEnded, HOSTILE, HOSTILE, HOSTILE, HOSTILE, st.sampled_from(Outcome), HOSTILE)
     | st.builds(LogRecovered, HOSTILE)
     | st.builds(KeyRotated, HOSTILE, HOSTILE)
     | st.builds(PayloadErased, HOSTILE, HOSTILE, HOSTILE)
@@ -207,6 +210,8 @@ def kinds_of_events() -> Iterator[Event]:
     yield SessionEnded("closed")
     yield ExecStarted(1, ("ls", "-l"), "/work", 1000)
     yield ExecEnded(1, 256, "", 1, 2, 3, 4)
+    yield from (ApplyEnded("a", "b", "sha256:0", "/work", outcome, "") for outcome in Outcome)
+    yield ApplyEnded("", "b", "sha256:0", "/work", Outcome.ROLLED_BACK, "it was changed")
     yield LogRecovered("12 bytes were cut off")
     yield KeyRotated("a", "b")
     yield PayloadKept(origin, Content.TERMINAL, "hmac-sha256:ab", 12, False, "ls -l", 1_800_000_000, False)

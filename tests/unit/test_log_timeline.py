@@ -28,11 +28,13 @@ from corral.actions import (
 from corral.approvals.queue import Ending, Scope
 from corral.errors import RequestError
 from corral.log.events import (
+    ApplyEnded,
     Event,
     ExecEnded,
     ExecStarted,
     KeyRotated,
     LogRecovered,
+    Outcome,
     PayloadErased,
     PayloadKept,
     PayloadLost,
@@ -83,6 +85,10 @@ def told() -> Iterator[tuple[Event, ItemKind, str]]:
     yield ExecEnded(2, 9, "", 1, 2, 3, 4), ItemKind.TOOL_CALL, "exec 2 was ended by SIGKILL"
     yield ExecEnded(2, 2**31, "", 1, 2, 3, 4), ItemKind.TOOL_CALL, "exec 2 ended with wait status 2147483648"
     yield ExecEnded(2, 0, "no such file", 1, 2, 3, 4), ItemKind.TOOL_CALL, "exec 2 could not be started: no such file"
+    made = ApplyEnded("a", "b", "sha256:0", "/work", Outcome.APPLIED, "")
+    yield made, ItemKind.FILE_CHANGE, "the changes were applied"
+    taken_back = replace(made, outcome=Outcome.ROLLED_BACK, error="x\x1b: it was changed")
+    yield taken_back, ItemKind.FILE_CHANGE, "nothing was changed: x\\x1b: it was changed"
     yield flow(), ItemKind.FLOW, "example.test:443: 10 bytes out, 20 in, 1.5 s"
     yield decision(connect()), ItemKind.SYSTEM_CALL, "net.connect example.test:443"
     yield decision(run("/bin/ls", "-l")), ItemKind.SYSTEM_CALL, "process.exec /bin/ls -l"

@@ -27,7 +27,7 @@ def parse(text: str) -> Policy:
 def test_the_hash_is_that_of_the_form() -> None:
     form = canonical_form(Policy())
     assert policy_hash(Policy()) == f"sha256:{hashlib.sha256(form).hexdigest()}"
-    assert json.loads(form)["version"] == 5
+    assert json.loads(form)["version"] == 6
     assert form == json.dumps(json.loads(form), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 

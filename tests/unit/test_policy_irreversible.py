@@ -67,7 +67,7 @@ def test_every_kind_says_whether_it_can_be_taken_back() -> None:
     assert {kind for kind in Kind if kind.reversible is Reversible.UNTIL_APPLIED} == {
         kind for kind in Kind if kind.value.startswith("file.")
     }
-    lost = {Kind.SANDBOX_RESTORE, Kind.SANDBOX_APPLY, Kind.SANDBOX_DISCARD}
+    lost = {Kind.SANDBOX_RESTORE, Kind.SANDBOX_APPLY, Kind.SANDBOX_UNDO, Kind.SANDBOX_DISCARD}
     assert {kind for kind in Kind if kind.reversible is Reversible.NO} == {Kind.HTTP_REQUEST, Kind.DATA_QUERY, *lost}
 
 
@@ -78,7 +78,7 @@ def test_every_kind_says_whether_it_can_be_taken_back() -> None:
         (Kind.FILE_OPEN, File("/a", Access.WRITE), Reversible.UNTIL_APPLIED),
         (Kind.NET_CONNECT, Endpoint(Transport.TCP, "192.0.2.1", 22), Reversible.YES),
         (Kind.MODEL_CALL, ModelCall("m"), Reversible.YES),
-        (Kind.SANDBOX_APPLY, Verb(()), Reversible.NO),
+        (Kind.SANDBOX_APPLY, Kind.SANDBOX_UNDO, Verb(()), Reversible.NO),
         (Kind.DATA_QUERY, Query("w", "SELECT", ("t",)), Reversible.YES),
         (Kind.DATA_QUERY, Query("w", "insert", ("t",)), Reversible.NO),
         (Kind.DATA_QUERY, Query("w", "", ()), Reversible.NO),

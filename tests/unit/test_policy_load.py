@@ -55,6 +55,10 @@ def test_the_errors_of_the_reference_are_what_is_said() -> None:
     assert problems(text, "policy.yaml") == expected.splitlines()
 
 
+_WITNESS = "witness.example/one+55da798a+BMhTrQ8M0rYZrqks7sT9VqJNZJnVhM55JX5Fz9gTm2Cn"
+_LOG = "log.example+f8b01728+AchTrQ8M0rYZrqks7sT9VqJNZJnVhM55JX5Fz9gTm2Cn"
+
+
 @pytest.mark.parametrize(
     ("written", "size"),
     [
@@ -102,6 +106,24 @@ def test_paths(written: str, path: str) -> None:
 
 def test_a_path_listed_twice_is_one() -> None:
     assert parse("filesystem: {read: [~/x, /home/me/x, /y]}").filesystem.read == ("/home/me/x", "/y")
+
+
+@pytest.mark.parametrize(
+    ("written", "glob"),
+    [
+        ("Makefile", "/**/Makefile"),
+        ("*.mk", "/**/*.mk"),
+        ("deploy/", "/**/deploy"),
+        ("deploy/**", "/deploy/**"),
+        ("/setup.cfg", "/setup.cfg"),
+        ("**/ci/run", "/**/ci/run"),
+        ("**", "/**"),
+        ("/**/Makefile", "/**/Makefile"),
+        (r"\!x", r"/**/\!x"),
+    ],
+)
+def test_paths_that_are_applied(written: str, glob: str) -> None:
+    assert parse(f"apply: {{ask: ['{written}']}}").apply.ask == (glob,)
 
 
 @pytest.mark.parametrize("home", ["", "relative"])
@@ -179,6 +201,17 @@ def test_dangerous_variables_are_the_callers_choice() -> None:
         ("filesystem.read[0]", "~root/x", "only `~/`"),
         ("filesystem.read[0]", "~", "has no value"),
         ("filesystem.read[0]", "1", "must be text"),
+        ("apply.ask[0]", "'!x'", "no exceptions"),
+        ("apply.ask[0]", "~/x", "below the workspace"),
+        ("apply.ask[0]", "../x", "in it"),
+        ("apply.ask[0]", "a//b", "empty part"),
+        ("apply.ask[0]", "''", "empty part"),
+        ("apply.ask[0]", "/", "empty part"),
+        ("apply.ask[0]", "a**", "whole parts"),
+        ("apply.witnesses[0]", "witness.example", "no public key"),
+        ("apply.witnesses[0]", _WITNESS.replace("55d", "55e"), "not whole"),
+        ("apply.witnesses[0]", _LOG, "no key of a witness"),
+        ("apply.cosignatures", "65", "at most 64"),
         ("filesystem.read[0]", '"/x\\0y"', "control character"),
         ("filesystem.read[0]", '"/x\\ny"', "control character"),
         ("filesystem.read[0]", '"/x\\u009by"', "control character"),

@@ -36,6 +36,7 @@ from corral.actions import (
 from corral.policy.matching import escape_glob, path_glob, text_glob
 from corral.policy.model import (
     ANY_NAME,
+    Apply,
     Credential,
     CredentialKind,
     Data,
@@ -977,8 +978,25 @@ def test_applying_asks_and_the_other_verbs_are_free() -> None:
     for kind in Kind:
         if kind.value.startswith("sandbox."):
             opinion = PolicyPart(Policy()).judge(Action(kind, Verb(("a",)), ORIGIN))
-            assert opinion.verdict is (ASK if kind is Kind.SANDBOX_APPLY else ALLOW)
+            assert opinion.verdict is (ASK if kind in (Kind.SANDBOX_APPLY, Kind.SANDBOX_UNDO) else ALLOW)
             assert opinion.rule == "built-in"
+
+
+def test_what_is_applied_is_asked_for_by_the_rules_that_name_it() -> None:
+    part = PolicyPart(Policy(apply=Apply(ask=("/**/makefile", "/deploy/**", "/a\\*"))))
+    for names, asked in {
+        ("src/x.py",): ("built-in",),
+        ("src/x.py", "src/Makefile"): ("apply.ask[0]", "built-in"),
+        ("Makefile/below",): ("apply.ask[0]", "built-in"),
+        ("/makefile", "deploy", "DEPLOY/x/y"): ("apply.ask[0]", "apply.ask[1]", "built-in"),
+        ("src/deploy/x", "deployed", "makefile.am", "ab"): ("built-in",),
+        ("a*",): ("apply.ask[2]", "built-in"),
+        (): ("built-in",),
+    }.items():
+        opinion = part.judge(Action(Kind.SANDBOX_APPLY, Verb(names, "k3f9x2mq", "sha256:0"), ORIGIN))
+        assert (opinion.verdict, opinion.rule, opinion.asked) == (ASK, asked[0], asked)
+        # What is taken back was there before.
+        assert part.judge(Action(Kind.SANDBOX_UNDO, Verb(names), ORIGIN)).asked == ("built-in",)
 
 
 @pytest.mark.parametrize("kind", Kind)

@@ -352,6 +352,12 @@ def _restore(
     restore_to(sandbox, layer, as_json=as_json)
 
 
+_ApplyLog = Annotated[
+    str | None,
+    typer.Option("--log", metavar="DIR", help="Where the log of the run is now, or one where it had none."),
+]
+
+
 @app.command("apply")
 @guarded
 def _apply(
@@ -366,15 +372,41 @@ def _apply(
     consent: Annotated[
         str | None, typer.Option("--consent", metavar="HASH", help="Apply exactly what --dry-run has shown.")
     ] = None,
+    as_patch: Annotated[bool, typer.Option("--as-patch", help="Only print it as a patch for `git apply`.")] = False,
+    branch: Annotated[
+        str | None,
+        typer.Option("--as-git-branch", metavar="NAME", help="Commit it to a new branch instead; no file is changed."),
+    ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option("--policy", "-p", metavar="FILE", help="A policy that asks for more than that of the run."),
+    ] = None,
+    log: _ApplyLog = None,
     as_json: Json = False,
 ) -> None:
     """Make what a run has changed real in the workspace: all of it, or nothing.
 
     Refuses (exit code 1) where the workspace was changed since the run began.
-    Asks about files that make others execute things: hooks, rc files, CI."""
+    Asks about files that make others execute things, and those that the policy names.
+    What is decided and what comes of it is recorded in the log of the run."""
     from corral.cli.apply import apply
 
-    sys.exit(apply(layer, paths or (), dry_run=dry_run, yes=yes, consent=consent, as_json=as_json))
+    if as_patch and (dry_run or yes or consent or branch or log or as_json):
+        raise RequestError("--as-patch only prints; leave the other options out")
+    sys.exit(
+        apply(
+            layer,
+            paths or (),
+            dry_run=dry_run,
+            yes=yes,
+            consent=consent,
+            as_patch=as_patch,
+            branch=branch,
+            policy=policy,
+            log=log,
+            as_json=as_json,
+        )
+    )
 
 
 @app.command("undo")
@@ -385,12 +417,13 @@ def _undo(
     forget: Annotated[
         bool, typer.Option("--forget", help="Keep it for good: drop the copies of what was there.")
     ] = False,
+    log: _ApplyLog = None,
     as_json: Json = False,
 ) -> None:
     """Take back what was applied, as long as it is unchanged."""
     from corral.cli.apply import undo
 
-    undo(applied, list_all=list_all, forget=forget, as_json=as_json)
+    undo(applied, list_all=list_all, forget=forget, log=log, as_json=as_json)
 
 
 @app.command("discard")

@@ -7,13 +7,19 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
-from corral.cli.diff import MARKS, detail, layer_of
+from corral.actions import Opinion, Verdict
+from corral.cli.diff import MARKS, detail, layer_of, write_patch
 from corral.cli.foreground import complain, printable
 from corral.errors import RequestError
+from corral.monitor.parts import Answer
 from corral.sandbox.apply import journal as journals
-from corral.sandbox.apply.proposal import Entry, Proposal, propose
+from corral.sandbox.apply.proposal import Entry, Proposal
+from corral.sandbox.apply.proposing import propose
+from corral.sandbox.apply.recording import Consent, whoever
 from corral.sandbox.apply.recovery import recover
+from corral.sandbox.apply.undo import forget as give_up
 from corral.sandbox.apply.undo import undo as take_back
 
 CONFLICT = 1
@@ -21,16 +27,35 @@ CONFLICT = 1
 
 
 def apply(
-    name: str | None, paths: Sequence[str], *, dry_run: bool, yes: bool, consent: str | None, as_json: bool
+    name: str | None,
+    paths: Sequence[str],
+    *,
+    dry_run: bool,
+    yes: bool,
+    consent: str | None,
+    as_patch: bool,
+    branch: str | None,
+    policy: str | None,
+    log: str | None,
+    as_json: bool,
 ) -> int:
     """Shows what would be applied, asks, and applies it. Returns the exit code."""
     layer = layer_of(name)
-    proposal = propose(layer, [os.path.relpath(os.path.abspath(path), layer.workspace) for path in paths])
+    more = None
+    if policy is not None:
+        from corral.policy.load import load_policy  # loads pydantic
+
+        more = load_policy(policy)
+    proposal = propose(layer, [os.path.abspath(path) for path in paths], policy=more)
+    if as_patch:
+        write_patch(layer.patch(lambda path: proposal.holds(path), tree=proposal.tree.name))
+        return 0
     if as_json and dry_run:
         print(json.dumps(_to_json(proposal)))
         return CONFLICT if proposal.conflicts else 0
     if not as_json:
         _show(proposal)
+        _show_others(proposal)
     if proposal.conflicts:
         for conflict in proposal.conflicts:
             complain(f"conflict: {conflict}")
@@ -42,8 +67,16 @@ def apply(
     if dry_run:
         print(f"{proposal.hash}: pass this as --consent to apply exactly this")
         return 0
-    consented = _consent(proposal, yes=yes, given=consent, may_ask=not as_json)
-    journal = proposal.apply(consented, progress=_progress_bar())
+    where = f"a new branch {branch} of {proposal.workspace}" if branch is not None else proposal.workspace
+    answer = consent if consent is not None else _asking(proposal, where, yes=yes, may_ask=not as_json)
+    if branch is not None:
+        from corral.sandbox.apply.branch import Branch
+
+        commit = Branch(proposal, branch).commit(answer, log=_log(log))
+        row = {"branch": branch, "commit": commit, "layer": layer.id, "changes": len(proposal.entries)}
+        print(json.dumps(row) if as_json else printable(f"committed to {branch}: {commit}; no file was changed"))
+        return 0
+    journal = proposal.apply(answer, log=_log(log), progress=_progress_bar())
     if as_json:
         print(json.dumps({"applied": journal.id, "layer": layer.id, "changes": len(proposal.entries)}))
     else:
@@ -51,22 +84,35 @@ def apply(
     return 0
 
 
-def _consent(proposal: Proposal, *, yes: bool, given: str | None, may_ask: bool) -> str:
-    """The hash that a person has consented to. Raises RequestError where none has."""
-    if given is not None:
-        return given
+def _log(name: str | None) -> Path | None:
+    """The log that was named. Raises RequestError where it is none."""
+    if name is None:
+        return None
+    from corral.cli.log import directory_of
+
+    return directory_of(name)
+
+
+def _asking(proposal: Proposal, where: str, *, yes: bool, may_ask: bool) -> Consent:
+    """Asks whoever is at the terminal, who has seen it."""
     risky = len(proposal.risky)
-    if yes and not risky:
-        return proposal.hash
-    if not (may_ask and sys.stdin.isatty() and sys.stderr.isatty()):
-        why = f"{risky} of these changes must be looked at (marked !)" if risky else "nobody can be asked here"
-        raise RequestError(f"{why}: look at `corral apply --dry-run`, and pass --consent with the hash that it prints")
     what = f"{len(proposal.entries)} change{'s' if len(proposal.entries) != 1 else ''}"
-    if not yes and not _ask(f"Apply {what} to {proposal.layer.workspace}? [y/N] "):
-        raise RequestError("not applied")
-    if risky and not _ask(f"{risky} of them can make others execute things, or mislead (marked !). Apply? [y/N] "):
-        raise RequestError("not applied")
-    return proposal.hash
+    questions = [] if yes else [f"Apply {what} to {where}? [y/N] "]
+    if risky:
+        questions.append(f"{risky} of them can make others execute things, or mislead (marked !). Apply? [y/N] ")
+
+    def consent(opinion: Opinion) -> Answer:
+        if not questions:
+            return Answer(Verdict.ALLOW, whoever(), "with --yes")
+        if not (may_ask and sys.stdin.isatty() and sys.stderr.isatty()):
+            why = f"{risky} of these changes must be looked at (marked !)" if risky else "nobody can be asked here"
+            why += ": look at `corral apply --dry-run`, and pass --consent with the hash that it prints"
+            return Answer(Verdict.DENY, "nobody", why)
+        if not all(map(_ask, questions)):
+            return Answer(Verdict.DENY, whoever(), "not applied: the answer was no")
+        return Answer(Verdict.ALLOW, whoever(), "at the terminal")
+
+    return consent
 
 
 def _ask(question: str) -> bool:
@@ -93,10 +139,17 @@ def _show(proposal: Proposal) -> None:
         console.print(Text(f"  left out: {printable(left)}", "dim"))
 
 
+def _show_others(proposal: Proposal) -> None:
+    """Says where else the layer has changes that can be applied."""
+    for tree, count in proposal.others:
+        complain(f"{count} more in {tree}, which is applied by itself: `corral apply {proposal.layer.id} {tree}`")
+
+
 def _to_json(proposal: Proposal) -> dict[str, object]:
     return {
         "layer": proposal.layer.id,
-        "workspace": proposal.layer.workspace,
+        "workspace": proposal.workspace,
+        "others": dict(proposal.others),
         "consent": proposal.hash,
         "changes": [_row(entry) for entry in proposal.entries],
         "conflicts": list(proposal.conflicts),
@@ -135,7 +188,7 @@ def _progress_bar() -> Callable[[int, int], None]:
     return show
 
 
-def undo(identifier: str | None, *, list_all: bool, forget: bool, as_json: bool) -> None:
+def undo(identifier: str | None, *, list_all: bool, forget: bool, log: str | None, as_json: bool) -> None:
     """Takes back what was applied last, or under an id; or lists what there is; or forgets it."""
     done = [journal for journal in journals.journals() if not journal.undoes]
     if list_all:
@@ -155,11 +208,10 @@ def undo(identifier: str | None, *, list_all: bool, forget: bool, as_json: bool)
         identifier = done[-1].id
     with _told(as_json, identifier, "forgotten" if forget else "taken back"):
         if forget:
-            with journals.locked(identifier, wait=False):
-                journals.forget(identifier)
-                journals.finish(identifier)
+            if problem := give_up(identifier):
+                complain(f"{identifier}: that it is forgotten could not be recorded: {problem}")
         else:
-            take_back(identifier, progress=_progress_bar())
+            take_back(identifier, log=_log(log), progress=_progress_bar())
 
 
 @contextmanager

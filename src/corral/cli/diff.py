@@ -47,6 +47,13 @@ def detail(change: Change) -> str:
     return f"{change.size_before} -> {change.size_after} bytes"
 
 
+def write_patch(patch: bytes) -> None:
+    """Prints it as it is, with the files' own characters."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(patch)
+    sys.stdout.buffer.flush()
+
+
 def show_changes(
     name: str | None, other: str | None = None, *, workspace_only: bool, patch: bool, as_json: bool
 ) -> None:
@@ -55,9 +62,7 @@ def show_changes(
     if patch:
         if other is not None:
             raise RequestError("--patch is of what a run has changed: name one layer")
-        sys.stdout.flush()
-        sys.stdout.buffer.write(layer.patch())
-        sys.stdout.buffer.flush()
+        write_patch(layer.patch())
         return
     found = layer.changes() if other is None else open_layer(other).changes_since(layer)
     changes = [change for change in found if not workspace_only or change.part == "workspace"]

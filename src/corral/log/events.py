@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 from corral.actions import Content, Decision, Flow, Kind, Origin, Verdict
 from corral.approvals.queue import Ending, Scope
@@ -51,6 +52,34 @@ class ExecEnded:
     """Bytes: the largest resident set of any single process."""
     denials: int
     """How much its processes were refused."""
+
+
+class Outcome(Enum):
+    """What came of an apply, or of taking one back."""
+
+    APPLIED = "applied"
+    COMMITTED = "committed"
+    """It is a branch of the workspace's repository; no file was changed."""
+    UNDONE = "undone"
+    ROLLED_BACK = "rolled_back"
+    """It failed, or was cut short; everything is as it was before."""
+    FORGOTTEN = "forgotten"
+    """It was cut short and could not be taken back; a person has seen to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyEnded:
+    """What was decided about files outside was done, or was not."""
+
+    apply: str
+    """Its id, by which it is undone; of a branch the commit; empty where nothing was begun."""
+    source: str
+    """The layer, or what was taken back."""
+    digest: str
+    """The hash that was consented to."""
+    workspace: str
+    outcome: Outcome
+    error: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +183,7 @@ Event = (
     | SessionEnded
     | ExecStarted
     | ExecEnded
+    | ApplyEnded
     | Approval
     | PolicyChanged
     | LogRecovered
@@ -170,6 +200,7 @@ WORDS: dict[str, type[Event]] = {
     "session.ended": SessionEnded,
     "exec.started": ExecStarted,
     "exec.ended": ExecEnded,
+    "apply.ended": ApplyEnded,
     "approval": Approval,
     "policy.changed": PolicyChanged,
     "log.recovered": LogRecovered,

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from corral.actions import Access, Decision, File, Flow, KernelCall, Kind, Process, Program, Verdict
 from corral.approvals.queue import Ending, Scope
 from corral.log.events import (
+    ApplyEnded,
     Approval,
     Event,
     ExecEnded,
     ExecStarted,
     KeyRotated,
     LogRecovered,
+    Outcome,
     PayloadErased,
     PayloadKept,
     PayloadLost,
@@ -39,10 +41,18 @@ _KINDS = {
     Kind.SANDBOX_RESTORE: ItemKind.LIFECYCLE,
     Kind.SANDBOX_FORK: ItemKind.LIFECYCLE,
     Kind.SANDBOX_APPLY: ItemKind.FILE_CHANGE,
+    Kind.SANDBOX_UNDO: ItemKind.FILE_CHANGE,
     Kind.SANDBOX_DISCARD: ItemKind.FILE_CHANGE,
 }
 
 _Details = Iterator[tuple[str, str]]
+_APPLIED = {
+    Outcome.APPLIED: "the changes were applied",
+    Outcome.COMMITTED: "the changes were committed to a new branch",
+    Outcome.UNDONE: "what was applied was taken back",
+    Outcome.ROLLED_BACK: "nothing was changed",
+    Outcome.FORGOTTEN: "what could not be taken back was left as it is",
+}
 
 
 def item_of(number: int, record: Record, offset: float, *, missing: str = "") -> Item:
@@ -78,6 +88,11 @@ def _told(event: Event) -> tuple[ItemKind, str, _Details]:
             return ItemKind.TOOL_CALL, f"exec {event.exec}: {_command(event.argv)}", _exec_details(event)
         case ExecEnded():
             return ItemKind.TOOL_CALL, f"exec {event.exec} {_ending(event)}", _usage(event)
+        case ApplyEnded():
+            line = f"{_APPLIED[event.outcome]}{f': {event.error}' if event.error else ''}"
+            names = ("apply", "source", "workspace", "digest")
+            details = iter([(name, getattr(event, name)) for name in names])
+            return ItemKind.FILE_CHANGE, line, details
         case SessionStarted():
             details = iter([("workspace", event.workspace), ("label", event.label), ("policy", event.policy)])
             return ItemKind.LIFECYCLE, "the session began", details

@@ -12,10 +12,12 @@ from typing import Any
 
 from corral.actions import Decision, Flow, Kind, Verdict
 from corral.log.events import (
+    ApplyEnded,
     Approval,
     Event,
     ExecEnded,
     ExecStarted,
+    Outcome,
     PayloadKept,
     PolicyChanged,
     SessionEnded,
@@ -263,6 +265,11 @@ def _life(event: Event, plain: Fields, context: Context, bounds: Bounds) -> Fiel
             return {"class_uid": PROCESS, "activity_id": 1, "severity_id": 1, "process": process}
         fields = {"class_uid": PROCESS, "activity_id": 2, "severity_id": 1, "process": process}
         return {**fields, "exit_code": event.status, "status_id": 2 if event.status or event.error else 1}
+    if isinstance(event, ApplyEnded):
+        failed = event.outcome in (Outcome.ROLLED_BACK, Outcome.FORGOTTEN)
+        fields = {"class_uid": LIFECYCLE, "activity_id": _OTHER, "severity_id": 2 if failed else 1}
+        fields |= {"app": {"name": context.agent, "version": context.agent_version}, "status_id": 2 if failed else 1}
+        return {**fields, "status_detail": plain["error"]} if plain["error"] else fields
     if isinstance(event, SessionStarted | SessionEnded):
         app = {"name": context.agent, "version": context.agent_version}
         activity = 3 if isinstance(event, SessionStarted) else 4

@@ -16,7 +16,7 @@ import rfc8785
 from corral.actions import Verdict
 from corral.policy.model import Environment, ExecRule, Network, Policy
 
-VERSION = 5
+VERSION = 6
 """Of this form. Raised whenever the same policy would get other bytes."""
 _ORDERED = {(ExecRule, "argv"), (Network, "resolvers")}
 """The lists whose order means something."""

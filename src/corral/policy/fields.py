@@ -6,11 +6,13 @@ escaped and bounded.
 
 from __future__ import annotations
 
+import base64
 import os
 import pwd
 import re
 import unicodedata
 from difflib import get_close_matches
+from hashlib import sha256
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema
@@ -24,6 +26,7 @@ from corral.policy.units import DURATION, SIZE, TIB, Size, read_duration
 
 MAX_ENTRIES = 1024
 """Entries of one list, and names of one mapping."""
+MAX_WITNESSES = 64
 MAX_LINE = 500
 """Characters of a text that people read: a reason, an advice."""
 _LONGEST_NAME = 255
@@ -125,6 +128,19 @@ def path_glob(pattern: str, info: ValidationInfo) -> str:
     fixed = before[: before.rfind("/") + 1]
     directory = "" if fixed and not fixed.strip("/") else escape_glob(_absolute(fixed or ".", info))
     return checked_glob(f"{directory}/{pattern[len(fixed) :]}")
+
+
+def applied_glob(pattern: str) -> str:
+    """A glob of paths below a workspace, which is its ``/``: a bare name means that name in any directory."""
+    shown = quoted(pattern)
+    if pattern.startswith("!"):
+        raise ValueError(rf"{shown}: there are no exceptions (remove it; a name that begins so is written `\!...`)")
+    if pattern.startswith("~"):
+        raise ValueError(rf"{shown}: it is a path below the workspace (a name that begins so is written `\~...`)")
+    glob = pattern.rstrip("/") if pattern.strip("/") else pattern
+    if glob == "**":
+        return "/**"
+    return checked_glob(f"/{glob.removeprefix('/')}" if "/" in glob else f"/**/{glob}")
 
 
 def _whole(glob: str) -> str:
@@ -272,6 +288,25 @@ def content_class(name: object) -> Content:
     return Content(name)
 
 
+_WITNESS = re.compile(r"([^\s+]+)\+([0-9a-f]{8})\+([A-Za-z0-9+/]{44})")
+_COSIGNATURE = 4
+"""The type of a key that makes cosignatures (C2SP signed-note, "signature types")."""
+
+
+def witness(key: str) -> str:
+    """The public key of a witness, in the form in which `corral log key --witness` prints it."""
+    found = _WITNESS.fullmatch(key)
+    if not found:
+        raise ValueError(f"{quoted(key)} is no public key (written as `witness.example+1a2b3c4d+BA...`)")
+    name, identifier, encoded = found.groups()
+    material = base64.b64decode(encoded)
+    if sha256(name.encode() + b"\n" + material).hexdigest()[:8] != identifier:
+        raise ValueError(f"{quoted(key)} is not whole (copy it once more)")
+    if material[0] != _COSIGNATURE:
+        raise ValueError(f"{quoted(key)} is no key of a witness (`corral log key FILE NAME --witness` makes one)")
+    return key
+
+
 # --- System calls ---------------------------------------------------------------------------------------------------
 
 _CALL = re.compile(r"[a-z_][a-z0-9_]{0,63}")
@@ -350,6 +385,11 @@ Paths = Annotated[tuple[_PATH, ...], Field(max_length=MAX_ENTRIES)]
 # Each is an overlay of its own, and takes as long to mount.
 Trees = Annotated[tuple[_PATH, ...], Field(max_length=64)]
 PathGlobs = Annotated[tuple[_PATH_GLOB, ...], Field(max_length=MAX_ENTRIES)]
+AppliedGlobs = Annotated[
+    tuple[Annotated[str, AfterValidator(applied_glob), WithJsonSchema({"type": "string", "minLength": 1})], ...],
+    Field(max_length=MAX_ENTRIES),
+]
+Witnesses = Annotated[tuple[Annotated[str, AfterValidator(witness)], ...], Field(max_length=MAX_WITNESSES)]
 SystemCalls = Annotated[tuple[Annotated[str, AfterValidator(system_call), _CALLS], ...], Field(max_length=MAX_ENTRIES)]
 Label = Annotated[str, AfterValidator(label)]
 Line = Annotated[str, AfterValidator(line)]

@@ -208,6 +208,27 @@ class Paths:
         return [index for index, glob in enumerate(self._globs) if any(path and glob(path) for path in paths)]
 
 
+class AppliedPaths:
+    """A list of globs of what is applied: each names also what lies below, and does not tell capital letters from
+    others, as some file systems do not."""
+
+    def __init__(self, globs: tuple[str, ...]) -> None:
+        self._globs = tuple(path_glob(glob.casefold()) for glob in globs)
+
+    def all(self, *paths: str) -> list[int]:
+        """The globs that name at least one of these paths, which are relative to the workspace."""
+        above = {part for path in paths for part in _ways_to(path.casefold())} if self._globs else set()
+        return [index for index, glob in enumerate(self._globs) if any(map(glob, above))]
+
+
+def _ways_to(path: str) -> Iterator[str]:
+    """The path and all above it."""
+    at = ""
+    for name in path.strip("/").split("/"):
+        at = f"{at}/{name}"
+        yield at
+
+
 class Models:
     """A list of model rules."""
 

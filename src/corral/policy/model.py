@@ -316,6 +316,19 @@ class Log:
 
 
 @dataclass(frozen=True, slots=True)
+class Apply:
+    """What it takes to make changes real outside the sandbox."""
+
+    ask: tuple[str, ...] = ()
+    """Globs of paths, ``/`` being the workspace: a person must look at a change of what they name, or of what lies
+    below that, as at hooks and rc files. Small and capital letters are the same."""
+    witnesses: tuple[str, ...] = ()
+    """Public keys (C2SP tlog-cosignature) of those who cosign the log."""
+    cosignatures: int = 0
+    """How many of them must have cosigned it, as it is then, before anything is applied."""
+
+
+@dataclass(frozen=True, slots=True)
 class Resources:
     """Upper bounds for the whole sandbox. ``None`` means no bound."""
 
@@ -375,6 +388,7 @@ class Policy:
     data: Data = field(default_factory=Data)
     approvals: Approvals = field(default_factory=Approvals)
     log: Log = field(default_factory=Log)
+    apply: Apply = field(default_factory=Apply)
     detection: Detection = field(default_factory=Detection)
     autonomy: Autonomy = field(default_factory=Autonomy)
     irreversible: Verdict = Verdict.ASK

@@ -32,7 +32,7 @@ from corral.actions import (
 )
 from corral.policy.destinations import UNHEARD, Destinations
 from corral.policy.irreversible import REASON, RULE, UNSEEN, NamedWrites, names_statement, passes_unseen
-from corral.policy.matching import Models, Paths, Programs, Queries, packed_address
+from corral.policy.matching import AppliedPaths, Models, Paths, Programs, Queries, packed_address
 from corral.policy.model import NetworkRule, Note, Policy
 from corral.policy.terms import Terms, combined, credentials
 
@@ -52,6 +52,8 @@ _STAY_REFUSED = "Do not retry or look for another way; work with what is in the 
 _NONE = Note()
 _FILES = frozenset(kind for kind in Kind if kind.value.startswith("file."))
 _VERBS = frozenset(kind for kind in Kind if kind.value.startswith("sandbox."))
+_REAL = frozenset({Kind.SANDBOX_APPLY, Kind.SANDBOX_UNDO})
+"""What changes files outside."""
 
 
 class Match(NamedTuple):
@@ -157,9 +159,11 @@ class PolicyPart:
         if kind in _FILES and isinstance(subject, File):
             return _judged(self._file(subject), "filesystem", f"{subject.access.value} {_cut(subject)}")
         if kind in _VERBS and isinstance(subject, Verb):
-            verdict = Verdict.ASK if kind is Kind.SANDBOX_APPLY else Verdict.ALLOW
+            verdict = Verdict.ASK if kind in _REAL else Verdict.ALLOW
             doing = f"{kind.value.removeprefix('sandbox.')} {_cut(subject)}".rstrip()
-            return _judged([Match(verdict, "built-in")], "built-in", doing)
+            named = self._applied.all(*subject.names) if kind is Kind.SANDBOX_APPLY else []
+            asked = _listed(Verdict.ASK, "apply.ask", named, self.policy.apply.ask)
+            return _judged([*asked, Match(verdict, "built-in")], "built-in", doing)
         match kind, subject:
             case Kind.NET_CONNECT, Endpoint():
                 return _judged(self._connection(subject), "network", f"connect to {_cut(subject)}")
@@ -331,6 +335,10 @@ class PolicyPart:
             # What may be read and written at all is not decided here: mounts and Landlock hold it.
             Match(Verdict.ALLOW, "filesystem"),
         ]
+
+    @cached_property
+    def _applied(self) -> AppliedPaths:
+        return AppliedPaths(self.policy.apply.ask)
 
     # ---- system calls ----
 

@@ -12,7 +12,9 @@ from pydantic import BaseModel, Field
 
 from corral.policy.document import Route, field_name
 from corral.policy.fields import (
+    MAX_WITNESSES,
     Answer,
+    AppliedGlobs,
     Duration,
     FormatVersion,
     KeptContent,
@@ -31,6 +33,7 @@ from corral.policy.fields import (
     Trees,
     Variables,
     Walls,
+    Witnesses,
 )
 from corral.policy.flow_rules import Proxy, Resolvers
 from corral.policy.model import Policy
@@ -190,6 +193,17 @@ class LogSection(Strict):
     """How much of one such content is kept."""
 
 
+class ApplySection(Strict):
+    """What it takes to make changes real outside the sandbox (`corral apply`)."""
+
+    ask: AppliedGlobs = ()
+    """Globs of paths below the workspace: a person must look at a change of them, as at hooks and rc files."""
+    witnesses: Witnesses = ()
+    """Public keys of the witnesses of the log."""
+    cosignatures: Annotated[int, Field(ge=0, le=MAX_WITNESSES)] = _DEFAULT.apply.cosignatures
+    """How many of them must have cosigned the log, as it is then, before anything is applied."""
+
+
 class DetectionSection(Strict):
     """Behaviour rules."""
 
@@ -223,6 +237,7 @@ class PolicyFile(Strict):
     data: DataSection = Field(default_factory=DataSection)
     approvals: ApprovalsSection = Field(default_factory=ApprovalsSection)
     log: LogSection = Field(default_factory=LogSection)
+    apply: ApplySection = Field(default_factory=ApplySection)
     detection: DetectionSection = Field(default_factory=DetectionSection)
     autonomy: AutonomySection = Field(default_factory=AutonomySection)
     irreversible: Answer = _DEFAULT.irreversible

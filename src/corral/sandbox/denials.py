@@ -162,6 +162,7 @@ _ATTEMPTS = {
     Kind.SANDBOX_RESTORE: "Restoring this sandbox",
     Kind.SANDBOX_FORK: "A copy of this sandbox",
     Kind.SANDBOX_APPLY: "Applying the changes of this sandbox",
+    Kind.SANDBOX_UNDO: "Taking back the changes of this sandbox",
     Kind.SANDBOX_DISCARD: "Dropping the changes of this sandbox",
 }
 

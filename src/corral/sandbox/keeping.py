@@ -15,7 +15,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from corral.errors import CorralError, RequestError
-from corral.sandbox.apply import baseline
+from corral.sandbox.apply import baseline, terms
+from corral.sandbox.apply.terms import Terms, terms_of, together
 from corral.sandbox.changes import changes
 from corral.sandbox.copying import Copied, Quota, Since, copy_parts
 from corral.sandbox.layer import (
@@ -92,12 +93,16 @@ def keep(
                 if not listed and not unchanged:
                     remove_tree(layers, partial)
                     return None
-                existed = baseline.existing(prepared.directory, listed)
+                existed = baseline.existing({part.name: part.path for part in parts if part.is_project}, listed)
+                own = terms_of(prepared)
+                demanded: tuple[Terms, ...] = (own,)
                 if base:
                     with suppress(FileNotFoundError):  # of one that was kept by an earlier version
                         start = baseline.read(base.directory, base.layer.began)
                         existed |= start.existed  # as it was when the first of them was kept
                         baseline.accept(directory, start.accepted)
+                    with suppress(FileNotFoundError):  # the same
+                        demanded = together(terms.read(base.directory), own)
                 kept = replace(
                     _describe(prepared, stored, copied, len(listed), command),
                     id=identifier,
@@ -110,6 +115,7 @@ def keep(
                     began=base.layer.began if base else prepared.began,
                 )
                 baseline.write(directory, existed)
+                terms.write(directory, demanded)
                 kept = replace(kept, disk=copied.disk + _beside(directory))
                 write_meta(directory, kept)
                 _sync(directory)

@@ -4,6 +4,7 @@
         meta.json                      what is told about it (format below)
         pinned                         there where it is to stay (corral.sandbox.area)
         existed, accepted              what was there of what it changes (corral.sandbox.apply.baseline)
+        terms                          what its policy demands of whoever applies it (corral.sandbox.apply.terms)
         parts/workspace, parts/home... overlay upper directories, as `copying` stores them
     <state>/layers/partial-<pid>-<id>  one that is being built, or taken apart
 
@@ -20,15 +21,16 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from corral.errors import CorralError, RequestError
 from corral.sandbox import account, paths
-from corral.sandbox.apply import baseline
+from corral.sandbox.apply import baseline, terms
 from corral.sandbox.apply.baseline import Baseline
+from corral.sandbox.apply.terms import Terms
 from corral.sandbox.changes import Change, changes
 from corral.sandbox.copying import Told
 from corral.sandbox.extent import is_empty
@@ -91,14 +93,24 @@ class KeptLayer:
     disk: int = 0
     """Bytes that it added to what is on the disk: files that others have too are not counted."""
 
-    @property
-    def baseline(self) -> Baseline:
-        """What the workspace was like then. Raises CorralError where that was not kept, or is damaged."""
+    def baseline(self, tree: str) -> Baseline:
+        """What a tree was like then, by paths relative to it. Raises CorralError where that was not kept, or is
+        damaged."""
         with opened(self.id) as directory:
             try:
-                return baseline.read(directory, self.began)
+                return baseline.read(directory, self.began).within(tree)
             except (OSError, ValueError) as error:
                 raise CorralError(f"layer {self.id}: what was there before it is not known: {error}") from None
+
+    @property
+    def terms(self) -> tuple[Terms, ...]:
+        """What the policies of its runs demand of whoever applies it. Raises CorralError where that was not kept, or is
+        damaged."""
+        with opened(self.id) as directory:
+            try:
+                return terms.read(directory)
+            except (OSError, ValueError) as error:
+                raise CorralError(f"layer {self.id}: what its policy demands is not known: {error}") from None
 
     def accept(self, marks: Mapping[str, str]) -> None:
         """Remembers what is in the workspace, by path, and may be replaced by this layer. Raises CorralError."""
@@ -141,17 +153,19 @@ class KeptLayer:
 
         return Side(tuple(_with_lowers(part) for part in self.parts), parts, self.owners, self.scaffold)
 
-    def patch(self) -> bytes:
-        """The changes of the workspace as a unified diff for `git apply`, with the files' own characters.
+    def patch(self, wanted: Callable[[str], bool] = lambda path: True, *, tree: str = "workspace") -> bytes:
+        """The changes of the workspace, or of another tree by its part, as a unified diff for `git apply`, with the
+        files' own characters.
 
-        Raises RequestError when it was discarded, or is too big for a patch.
+        ``wanted`` says of a path whether it is meant. Raises RequestError when it was discarded, or is too big for a
+        patch.
         """
         from corral.sandbox.patch import make_patch  # loads difflib
 
         with self.reading() as parts:
             for part in self.parts:
-                if part.name == "workspace":
-                    listed = self._changes(parts, (part,))
+                if part.name == tree:
+                    listed = [change for change in self._changes(parts, (part,)) if wanted(change.path)]
                     return os.fsencode(make_patch(_with_lowers(part), parts, self.owners, listed))
         return b""
 

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Protocol
 
 from corral.errors import CorralError
+from corral.log.events import Outcome
 from corral.sandbox.apply import journal as journals
-from corral.sandbox.apply.journal import BEFORE, Journal, Phase, Step, alone_in, locked
+from corral.sandbox.apply.journal import BEFORE, Journal, Phase, Step, alone_in, digest_of, locked
+from corral.sandbox.apply.recording import Chronicle, outcome_of
 from corral.sandbox.apply.recovery import recover_in, take_back, tidy_up
 from corral.sandbox.apply.swapping import (
     Conflict,
@@ -61,30 +63,50 @@ def apply_steps(
     steps: Sequence[Step],
     source: Source,
     *,
+    records: Chronicle,
     undoes: str = "",
     progress: Progress = lambda done, total: None,
 ) -> Journal:
-    """Applies the steps and returns the journal by which they can be taken back.
+    """Applies the steps and returns the journal by which they can be taken back. What comes of it is told ``records``,
+    in which it has been decided.
 
     Raises Conflict where something is not what a step says, CorralError where it cannot be done: nothing is changed.
     """
-    with alone_in(workspace), opened(workspace) as root:
-        recover_in(workspace)
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        journal = Journal(new_id(), layer, workspace, now, Phase.PREPARING, tuple(steps), undoes)
-        with locked(journal.id, make=True) as directory:
-            application = _Application(journal, root, directory, progress)
+    now, digest = datetime.now(UTC).isoformat(timespec="milliseconds"), digest_of(workspace, steps)
+    journal = Journal(
+        new_id(), layer, workspace, now, Phase.PREPARING, tuple(steps), undoes, terms=records.terms, digest=digest
+    )
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(alone_in(workspace))
+            root = stack.enter_context(opened(workspace))
+            recover_in(workspace)
+            directory = stack.enter_context(locked(journal.id, make=True))
+        except CorralError as error:
             try:
-                journals.begin(journal.id)
-                application.run(source)
-            except BaseException as error:
-                take_back(application.journal, root, directory)
-                if isinstance(error, OSError):
-                    raise CorralError(f"{error.filename or workspace}: cannot apply: {error.strerror}") from None
-                raise
-            # It is done: what is left over now is for the next start.
-            with suppress(OSError, CorralError):
-                tidy_up(application.journal, root)
+                records.tell(journal, Outcome.ROLLED_BACK, str(error))
+            except CorralError as problem:
+                raise CorralError(f"{error}; nor can that be recorded: {problem}") from None
+            raise
+        application = _Application(journal, root, directory, progress)
+        try:
+            journals.begin(journal.id)
+            application.run(source)
+        except BaseException as error:
+            if isinstance(error, OSError):
+                error = CorralError(f"{error.filename or workspace}: cannot apply: {error.strerror}")
+            why = str(error) if isinstance(error, CorralError) else type(error).__name__
+            take_back(application.journal, root, directory, records.tell, why)
+            raise error from None
+        try:
+            records.tell(application.journal, outcome_of(application.journal))
+        except CorralError as error:
+            raise CorralError(
+                f"{journal.id}: it is done, and that could not be recorded; the next start tries again: {error}"
+            ) from None
+        # It is done: what is left over now is for the next start.
+        with suppress(OSError, CorralError):
+            tidy_up(application.journal, root)
     with suppress(OSError, CorralError):
         for old in journals.journals()[:-MAX_KEPT]:
             journals.forget(old.id)

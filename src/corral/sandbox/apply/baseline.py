@@ -30,8 +30,8 @@ class Baseline:
     began: int
     """Nanoseconds since the epoch; 0 where it is not known."""
     existed: Mapping[str, tuple[int, int]]
-    """Of what the run has changed, and the directories that it lies in: what was there, by paths relative to the
-    workspace, with device and inode number."""
+    """Of what the run has changed, and the directories that it lies in: what was there, by path, with device and inode
+    number."""
     accepted: Mapping[str, str]
     """Marks of what was there, by path, from when it was applied before."""
 
@@ -44,27 +44,32 @@ class Baseline:
         """The same of a directory, without what is in it: what comes and goes there sets both of its times at once."""
         return self.is_touched(status) and status.st_ctime_ns != status.st_mtime_ns
 
+    def within(self, tree: str) -> Baseline:
+        """That of one tree, by paths relative to it."""
+        inside = f"{tree.rstrip('/')}/"
+        existed = {path[len(inside) :]: which for path, which in self.existed.items() if path.startswith(inside)}
+        accepted = {path[len(inside) :]: mark for path, mark in self.accepted.items() if path.startswith(inside)}
+        return Baseline(self.began, existed, accepted)
 
-def existing(workspace: str, listed: Iterable[Change]) -> dict[str, tuple[int, int]]:
-    """What was there of what was changed, and which it was."""
+
+def existing(trees: Mapping[str, str], listed: Iterable[Change]) -> dict[str, tuple[int, int]]:
+    """What was there of what was changed, and which it was. ``trees`` are the paths of those that can be applied."""
     found: set[str] = set()
     added = {change.path for change in listed if change.kind is ChangeKind.ADDED}
     for change in listed:
-        if change.part != "workspace" or change.path == workspace:
+        tree = trees.get(change.part)
+        if tree is None or change.path == tree:
             continue
         if change.kind is not ChangeKind.ADDED:
-            found.add(relative(workspace, change.path))
+            found.add(change.path)
         parent = change.path.rpartition("/")[0]
-        while len(parent) > len(workspace) and parent not in added:
-            name = relative(workspace, parent)
-            if name in found:
-                break
-            found.add(name)
+        while len(parent) > len(tree) and parent not in added and parent not in found:
+            found.add(parent)
             parent = parent.rpartition("/")[0]
     which = {}
     for path in found:
         try:
-            status = os.lstat(os.path.join(workspace, path))
+            status = os.lstat(path)
         except OSError:
             which[path] = (0, 0)  # gone since it was compared; nothing is it
         else:

@@ -13,6 +13,7 @@ what was there before is put.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -27,6 +28,8 @@ from typing import Any
 from corral.errors import CorralError, RequestError
 from corral.log.tiles import write_file
 from corral.sandbox import paths
+from corral.sandbox.apply import terms
+from corral.sandbox.apply.terms import Terms
 from corral.sandbox.trees import OPEN_DIRECTORY, remove_tree
 
 FORMAT = 1
@@ -77,6 +80,10 @@ class Journal:
     steps: tuple[Step, ...]
     undoes: str = ""
     """The id of what it takes back, if it does."""
+    terms: tuple[Terms, ...] = ()
+    """By which the logs are found that are told what comes of it; none where there is no log."""
+    digest: str = ""
+    """The hash of exactly this, as it was consented to."""
     identity: tuple[int, int] | None = None
     """Device and inode number of the directory in the workspace; None before that is made."""
 
@@ -156,8 +163,6 @@ def never_begun() -> list[str]:
 @contextmanager
 def alone_in(workspace: str) -> Iterator[None]:
     """Nobody else of this user applies anything to a workspace meanwhile. Waits for that. Raises CorralError."""
-    import hashlib
-
     name = hashlib.sha256(os.fsencode(workspace)).hexdigest()[:32]
     path = os.path.join(store(), f"lock-{name}")
     try:
@@ -248,6 +253,9 @@ def _parse(data: Any, identifier: str) -> Journal:
     if data["undoes"] and not _ID.fullmatch(data["undoes"]):
         raise ValueError("it undoes nothing that there could be")
     layer, workspace, created, undoes = texts
+    recorded, digest = terms.from_json(data.get("terms", [])), data.get("digest", "")
+    if type(digest) is not str:
+        raise ValueError("its hash is none")
     identity = None
     if data["identity"] is not None:
         device, inode = data["identity"]
@@ -255,7 +263,14 @@ def _parse(data: Any, identifier: str) -> Journal:
             raise ValueError("it names no directory")
         identity = (device, inode)
     phase, steps = Phase(data["phase"]), _steps(data["steps"])
-    return Journal(identifier, layer, workspace, created, phase, steps, undoes, identity)
+    return Journal(identifier, layer, workspace, created, phase, steps, undoes, recorded, digest, identity)
+
+
+def digest_of(workspace: str, steps: Sequence[Step]) -> str:
+    """Names exactly these steps."""
+    rows = [[step.path, step.before, step.after, step.is_own] for step in steps]
+    content = json.dumps([workspace, rows]).encode("ascii")
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def _steps(rows: Sequence[Any]) -> tuple[Step, ...]:

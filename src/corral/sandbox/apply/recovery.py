@@ -16,6 +16,7 @@ from corral.sandbox.apply import journal as journals
 from corral.sandbox.apply.carrying import finish
 from corral.sandbox.apply.journal import BEFORE, Journal, Phase, Step, alone_in, locked
 from corral.sandbox.apply.marks import Marker, attributes
+from corral.sandbox.apply.recording import Tell, outcome_of, told
 from corral.sandbox.apply.swapping import (
     Conflict,
     exchange,
@@ -69,16 +70,27 @@ def recover_in(workspace: str) -> None:
                 root = stack.enter_context(opened(workspace))
             except Conflict:
                 continue  # the workspace is not there
-            take_back(journals.read(directory, journal.id), root, directory)
+            take_back(journals.read(directory, journal.id), root, directory, told, "it was cut short")
 
 
-def take_back(journal: Journal, root: int, directory: int) -> None:
-    """Puts back what was there, unless all was done; then tidies up.
+def take_back(journal: Journal, root: int, directory: int, tell: Tell, error: str) -> None:
+    """Puts back what was there, unless all was done; tells what came of it, and why; then tidies up.
 
-    Raises CorralError where something is in the way, which then stays for a person to look at."""
+    Raises CorralError where something is in the way, which then stays for a person to look at, or where that cannot be
+    recorded."""
     try:
         if journal.phase is Phase.SWAPPING:
             _put_back(journal, root, directory)
+        try:
+            tell(journal, outcome_of(journal), "" if journal.phase is Phase.DONE else error)
+        except CorralError as problem:
+            if journal.phase is Phase.SWAPPING:
+                with suppress(CorralError):  # it is all back; whoever forgets it then removes what lies beside it, too
+                    journals.write(replace(journal, phase=Phase.PREPARING))
+            raise CorralError(
+                f"{journal.workspace}: what came of {journal.id} ({outcome_of(journal).value}) cannot be recorded: "
+                f"{problem}; `corral undo --forget {journal.id}` goes on without that"
+            ) from None
         tidy_up(journal, root)
     except OSError as error:
         raise CorralError(f"{journal.workspace}: cannot take back what was begun: {error.strerror}") from None

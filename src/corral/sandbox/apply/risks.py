@@ -2,37 +2,43 @@
 
 A file is not dangerous because it can be executed, but because something executes it that nobody asked to: an editor
 that opens the directory, a shell that enters it, git, a test runner, the next build elsewhere. What is executed because
-somebody asked for it (a Makefile, a program) is for the diff to show.
+somebody asked for it (a Makefile, a program) is for the diff to show, unless the policy names it.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Collection, Iterator
+from functools import cache
+
+from corral.policy.matching import AppliedPaths
 
 _EXECUTED = {
     "a shell reads it": """
         .bashrc .bash_profile .bash_login .bash_logout .profile .bash_aliases .inputrc .zshrc .zshenv
-        .zprofile .zlogin .zlogout .kshrc .cshrc .tcshrc .login .envrc .config/fish/** .tool-versions
-        mise.toml .mise.toml .python-version
+        .zprofile .zlogin .zlogout .kshrc .mkshrc .cshrc .tcshrc .login .envrc .direnv/** .config/fish/**
+        .tool-versions mise.toml .mise.toml .config/mise/** .python-version .tmux.conf .screenrc
     """,
     "an editor obeys it": """
         .vscode/** .idea/** .fleet/** .zed/** .gdbinit .lldbinit *.code-workspace .exrc .vimrc .nvimrc
         .nvim.lua .dir-locals.el .emacs *.sublime-project .devcontainer/** .devcontainer.json
+        .helix/** .nova/** .theia/**
     """,
     "an agent obeys it": """
         .claude/** .mcp.json .windsurf/** .clinerules .cursor/** .cursorrules .windsurfrules .codex/**
-        .gemini/** CLAUDE.md AGENTS.md GEMINI.md .github/copilot-instructions.md
+        .gemini/** CLAUDE.md AGENTS.md GEMINI.md .github/copilot-instructions.md .aider* .continue/**
+        .roo/** .kiro/** .amazonq/** .opencode/** opencode.json
     """,
     "it runs elsewhere, with other rights": """
         .github/workflows/** .github/actions/** .gitlab-ci.yml .gitlab/** .gitea/** .forgejo/** .circleci/**
         .travis.yml Jenkinsfile* azure-pipelines*.yml .drone.yml .buildkite/** .woodpecker* .ci/**
-        bitbucket-pipelines.yml appveyor.yml .appveyor.yml cloudbuild.yaml .tekton/**
+        bitbucket-pipelines.yml appveyor.yml .appveyor.yml cloudbuild.yaml .tekton/** .cirrus.yml .cirrus.star
+        .semaphore/** .teamcity/** buildspec.yml
     """,
     "git runs or obeys it": """
-        .gitmodules .gitattributes .husky/** .githooks/** lefthook.y*ml hooks/pre-* hooks/post-* hooks/*-msg
+        .gitmodules .gitattributes .gitconfig .config/git/** .husky/** .githooks/** lefthook.y*ml hooks/pre-*
+        hooks/post-* hooks/*-msg .hg/hgrc* .hg/sharedpath .jj/repo/config.toml
         hooks/update hooks/push-to-checkout hooks/proc-receive hooks/fsmonitor-watchman
         hooks/reference-transaction
     """,
@@ -40,8 +46,11 @@ _EXECUTED = {
         .pre-commit-config.yaml .pre-commit-hooks.yaml .lintstagedrc*
     """,
     "Python runs it unasked": """
-        conftest.py *.pth *.pyc __pycache__/** sitecustomize.py usercustomize.py .pdbrc .pythonrc pip.conf
-        .pypirc
+        conftest.py *.pth *.pyc __pycache__/** sitecustomize.py usercustomize.py .pdbrc .pythonrc
+        .pythonrc.py pip.conf .pypirc
+    """,
+    "an interpreter reads it when it starts": """
+        .Rprofile .Renviron .ghci .psqlrc .sqliterc .my.cnf .curlrc .wgetrc
     """,
     "a package manager runs or obeys it": """
         package.json .npmrc .pnp.cjs .pnp.loader.mjs .prettierrc.* eslint.config.* .eslintrc.* .yarnrc
@@ -76,24 +85,34 @@ def executed(path: str, *, is_directory: bool = False) -> str:
         return "" if is_directory or _GIT_DATA.fullmatch(within) else "git runs or obeys it"
     if is_directory:
         return ""
-    for why, patterns in _EXECUTED.items():
-        if any(_matches(folded, pattern.casefold()) for pattern in patterns.split()):
-            return why
-    return ""
+    name = "/".join(folded)
+    if not _known(" ".join(_EXECUTED.values()))(name):
+        return ""
+    return next(why for why, patterns in _EXECUTED.items() if _known(patterns)(name))
 
 
-def _matches(parts: list[str], pattern: str) -> bool:
-    wanted = pattern.split("/")
-    if len(wanted) == 1:
-        return fnmatchcase(parts[-1], pattern)
-    deep = wanted[-1] == "**"
-    wanted = wanted[:-1] if deep else wanted
-    for start in range(len(parts) - len(wanted) + (0 if deep else 1)):
-        if not deep and start + len(wanted) != len(parts):
-            continue
-        if all(fnmatchcase(part, each) for part, each in zip(parts[start:], wanted, strict=False)):
-            return True
-    return False
+@cache
+def _known(patterns: str) -> Callable[[str], object]:
+    """Says whether one of some patterns names a path, by its truth. One expression for all: there may be a hundred
+    thousand files."""
+    return re.compile(f"(?:.*/)?(?:{'|'.join(map(_expression, patterns.casefold().split()))})", re.DOTALL).fullmatch
+
+
+def _expression(pattern: str) -> str:
+    name = pattern.removesuffix("/**")
+    return re.escape(name).replace(r"\*", "[^/]*") + ("/.+" if name != pattern else "")
+
+
+class Asked:
+    """What a policy wants to be looked at (``apply.ask``)."""
+
+    def __init__(self, globs: tuple[str, ...]) -> None:
+        self._globs, self._paths = globs, AppliedPaths(globs)
+
+    def __call__(self, path: str) -> str:
+        """Why, or nothing. ``path`` is relative to the workspace."""
+        found = self._paths.all(path)
+        return f"the policy asks for it ({self._globs[found[0]].removeprefix('/**/').lstrip('/')})" if found else ""
 
 
 def misleading(name: str) -> str:
@@ -108,7 +127,7 @@ def misleading(name: str) -> str:
 class Names:
     """The names in a directory."""
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Collection[str]) -> None:
         self.folded = {name.casefold() for name in names}
         self._alike: dict[str, list[str]] = {}
         for name in names:
