@@ -570,3 +570,16 @@ def test_an_operator_forks_what_runs(cli: CommandLine, workspace: Path) -> None:
     assert len(kept) == 2  # of the second fork, and of the run: the snapshots were for the forks only
     assert cli("fork", sandbox, "--", "true").returncode == 125
     assert cli("fork", sandbox).returncode in (2, 125)
+
+
+def test_an_operator_applies_what_was_there_after_a_step(cli: CommandLine, workspace: Path) -> None:
+    with SyncSandbox(str(workspace), policy=STEPS, keep=True) as box:
+        for number in (1, 2, 3):
+            box.exec(["sh", "-c", f"mkdir -p src; echo {number} >src/a; echo {number} >new-{number}"])
+    shown = cli("apply", "--step", "2", "--dry-run", "--json").stdout
+    assert {entry["path"] for entry in json.loads(shown)["changes"]} == {"src", "src/a", "new-1", "new-2"}
+    assert cli("apply", "--step", "2", "--yes", "src/").returncode == 0
+    assert (workspace / "src" / "a").read_text() == "2\n"
+    assert sorted(os.listdir(workspace)) == ["file.txt", "src"]
+    refused = cli("apply", "--step", "7", "--yes")
+    assert refused.returncode == 125 and b"no snapshot of step 7" in refused.stderr

@@ -365,6 +365,9 @@ def _apply(
     paths: Annotated[
         list[str] | None, typer.Argument(metavar="[PATH]...", help="Only these paths, with all below.")
     ] = None,
+    step: Annotated[
+        int | None, typer.Option("--step", metavar="N", help="As it was after this step (filesystem.snapshot: step).")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be applied.")] = False,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Do not ask, unless there is something that a person must look at.")
@@ -397,6 +400,7 @@ def _apply(
         apply(
             layer,
             paths or (),
+            step=step,
             dry_run=dry_run,
             yes=yes,
             consent=consent,

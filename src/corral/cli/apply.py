@@ -21,6 +21,7 @@ from corral.sandbox.apply.recording import Consent, whoever
 from corral.sandbox.apply.recovery import recover
 from corral.sandbox.apply.undo import forget as give_up
 from corral.sandbox.apply.undo import undo as take_back
+from corral.sandbox.layer import KeptLayer, is_id, list_layers
 
 CONFLICT = 1
 """The exit code where somebody else has changed what would be changed."""
@@ -30,6 +31,7 @@ def apply(
     name: str | None,
     paths: Sequence[str],
     *,
+    step: int | None = None,
     dry_run: bool,
     yes: bool,
     consent: str | None,
@@ -39,8 +41,13 @@ def apply(
     log: str | None,
     as_json: bool,
 ) -> int:
-    """Shows what would be applied, asks, and applies it. Returns the exit code."""
-    layer = layer_of(name)
+    """Shows what would be applied, asks, and applies it. Returns the exit code.
+
+    ``name`` is a layer, or the first of the paths. With ``step`` it is the snapshot after that step of the session that
+    the layer is of."""
+    if name is not None and not is_id(name):
+        paths, name = (name, *paths), None
+    layer = layer_of(name) if step is None else _after_step(layer_of(name), step)
     more = None
     if policy is not None:
         from corral.policy.load import load_policy  # loads pydantic
@@ -82,6 +89,17 @@ def apply(
     else:
         print(f"applied; `corral undo {journal.id}` takes it back, `corral discard {layer.id}` drops the layer")
     return 0
+
+
+def _after_step(layer: KeptLayer, step: int) -> KeptLayer:
+    for other in list_layers():
+        if other.step == step and other.session == layer.session:
+            return other
+    session = layer.session or layer.id
+    raise RequestError(
+        f"no snapshot of step {step} of {session} is kept; `corral snapshot --list {session}` shows those that are; "
+        "`filesystem.snapshot: step` in the policy of a run keeps them"
+    )
 
 
 def _log(name: str | None) -> Path | None:

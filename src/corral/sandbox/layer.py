@@ -292,9 +292,14 @@ def reap_partials(deadline: float | None = None) -> int:
     return count
 
 
+def is_id(text: str) -> bool:
+    """Whether it can be a layer's id."""
+    return _ID.fullmatch(text) is not None
+
+
 def check_id(identifier: str) -> str:
     """Refuses what is not a layer's id; ids become file names. Raises RequestError."""
-    if not _ID.fullmatch(identifier):
+    if not is_id(identifier):
         raise RequestError(f"{identifier!r} is not a layer's id: eight characters, a to z and 2 to 7")
     return identifier
 
