@@ -319,6 +319,7 @@ class Core:
         """Stops every process where it is. Execs can be started again after :meth:`thaw`."""
         self._require_running()
         with self._standing:
+            self.supervision.hold_moves(True)
             self._freezer.stop()
             self.state = State.FROZEN
 
@@ -335,7 +336,11 @@ class Core:
         """Whether all have stopped since :meth:`freeze`."""
         if self.state is not State.FROZEN:
             return False
-        return self._freezer.has_stopped(self.keeper, self.supervision.waiting_threads())
+        # In this order: who is still to stop can have begun one.
+        return (
+            self._freezer.has_stopped(self.keeper, self.supervision.waiting_threads())
+            and not self.supervision.is_moving
+        )
 
     def thaw(self) -> None:
         """Lets all go on."""
@@ -343,6 +348,7 @@ class Core:
             with self._standing:
                 self._freezer.go_on()
                 self.state = State.RUNNING
+                self.supervision.hold_moves(False)
             self.supervision.hold_if_asked()
 
     def _require_running(self) -> None:
@@ -460,6 +466,7 @@ class Core:
         self.root_fd, self.listeners, self._doors = -1, (), ()
         self.end_reason = self.end_reason or self._killed_because or "the launcher died"
         self.supervision.close()
+        self._remove_places()
         execs, self._execs = self._execs, {}
         for number, running in execs.items():
             ended = running.failure or SandboxClosed(self.end_reason)
@@ -473,6 +480,13 @@ class Core:
             self._on_ready(error or WallError("launcher", f"ended before the walls stood: {self.end_reason}"))
         for callback in self._on_end:
             callback()
+
+    def _remove_places(self) -> None:
+        """What is left of moves that its end has cut short: second names of files of trees that are whole."""
+        if self.layer_fd >= 0 and self.supervision.places:
+            from corral.sandbox.leftovers import remove_places
+
+            remove_places(self.layer_fd, self.prepared.view, self.supervision.places)
 
     def _remove_groups(self, tries: int) -> None:
         """The keeper has removed them, unless it was killed itself."""

@@ -53,6 +53,8 @@ class Supervision:
         self._supervised: service.Supervised | None = None
         self.egress: Egress | None = None
         """The way out, where there is one."""
+        self.places: frozenset[str] = frozenset()
+        """Paths inside of what may be left of moves, once it is closed."""
         self._accounts = tuple(sink for sink in sinks if isinstance(sink, Account))
         self._glances = tuple(glances)
 
@@ -95,6 +97,16 @@ class Supervision:
         if self._supervised is not None:
             self._supervised.post(callback)
 
+    def hold_moves(self, held: bool) -> None:
+        """Whether no directory may be moved for a caller; one that is being moved is not, until it may be."""
+        if self._supervised is not None:
+            self._supervised.moves.hold(held)
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether one is, so that the tree changes though all inside stands still."""
+        return self._supervised is not None and self._supervised.moves.is_active
+
     def waiting_threads(self) -> frozenset[int]:
         """Threads (outside) that wait for an answer."""
         supervised = self._supervised
@@ -111,6 +123,7 @@ class Supervision:
         """The sandbox is dead: nobody is answered any more."""
         self.approvals.close()
         if self._supervised is not None:
+            self.places = frozenset(self._supervised.moves.places)
             service.shared().detach(self._supervised)
             self._supervised = None
         if self.egress is not None:

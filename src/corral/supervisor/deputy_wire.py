@@ -64,7 +64,8 @@ class Reply:
     errno: int
     """The kernel's answer to the call, 0 for success."""
     value: int = 0
-    """Bytes sent. Of a RESOLVE that failed: whether there is an object, whose path is too long to be told."""
+    """Bytes sent. Of a RESOLVE that failed: whether there is an object, whose path is too long to be told. Of a RENAME
+    with a token: whether something of its place may be left."""
     fd: int = -1
     """Of a RESOLVE the object (O_PATH), of OPEN and CREATE the file. Whoever is called back closes it."""
     path: str = ""

@@ -46,6 +46,7 @@ from corral.supervisor.bpf import JUMP_EQ, JUMP_GE, LOAD, OFFSET_ARCH, OFFSET_NU
 from corral.supervisor.syscalls import (
     COMMON_NUMBERS,
     DECIDED,
+    MOVED_DIRECTORIES,
     OWN_NUMBERS,
     REFUSALS,
     WATCHED_FILES,
@@ -194,7 +195,9 @@ def find_table(
     refusals = (*REFUSALS, *also, *(WATCHED_FILES_REFUSALS if watched else ()))
     decisions: tuple[Decided, ...] = (*DECIDED, *(WATCHED_FILES if watched else ()))
     deciding = {row.name for row in decisions}
-    numbers = resolve(target, {row.name for row in refusals} | deciding | allowed_names())
+    if not watched:
+        decisions += MOVED_DIRECTORIES
+    numbers = resolve(target, {row.name for row in refusals} | {row.name for row in decisions} | allowed_names())
     _check_policy(target, asked, denied, deciding)
     # Only what is free can be asked for: all else that is not in the table stays refused.
     rows = [

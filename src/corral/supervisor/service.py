@@ -29,6 +29,7 @@ from corral.supervisor.digests import Digests
 from corral.supervisor.filter import Class, Row, Table
 from corral.supervisor.handlers import HANDLERS
 from corral.supervisor.listener import Notification
+from corral.supervisor.moving import UNDECIDED, Moves
 from corral.supervisor.processes import Processes
 from corral.supervisor.stalls import Watchdog
 from corral.supervisor.tree import Tree
@@ -80,6 +81,7 @@ class Supervised:
         """Whether the policy has rules about programs that could refuse one."""
         self.watch = Watch(watched)
         """Names of files that are decided on."""
+        self.moves = Moves(self)
         self.egress = egress
         """The way out, where there is one."""
         self._deputy_fd = deputy_fd
@@ -215,7 +217,10 @@ class Supervised:
         self.open[call.id] = call
         try:
             if self.held and row.kind is Class.DECIDED and not self._budget.admits(self.held, row.name):
-                call.refuse(errors.ENFILE, _TOO_MANY)
+                if row.name in UNDECIDED and not self.watch:
+                    call.proceed()
+                else:
+                    call.refuse(errors.ENFILE, _TOO_MANY)
                 return
             self._handle(call, row)
             if row.kind is Class.DECIDED and not call.answered:

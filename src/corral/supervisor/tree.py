@@ -8,7 +8,7 @@ import re
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
-from corral.openat2 import Resolve, openat2
+from corral.openat2 import Resolve, look_for_directory, openat2
 
 if TYPE_CHECKING:
     from corral.supervisor.call import Call
@@ -21,6 +21,7 @@ _MAX_MISSING = 4
 _MAX_LINKS = 40
 """As the kernel's MAXSYMLINKS."""
 _WITHIN = Resolve.IN_ROOT | Resolve.NO_MAGICLINKS
+_PLAINLY = Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS
 _OWN = re.compile(rb"/proc/(\d+)(?:/task/\d+)?/(exe|cwd|root|fd/\d+)\Z")
 
 
@@ -54,6 +55,25 @@ class Tree:
             if error.errno not in (errors.ENOENT, errors.ELOOP) or (error.errno == errors.ENOENT and self._lacks(path)):
                 raise
         return _Walk(self._root, call).find(path, follow=follow)
+
+    def has_directory(self, call: Call, directory: int, path: bytes) -> bool:
+        """Whether ``path`` is surely a directory's, and no link's; quickly, as every rename asks. Raises OSError."""
+        if path.startswith(b"/"):
+            errno = look_for_directory(self._root, path, _WITHIN)
+        else:
+            if directory == _AT_FDCWD:
+                start = os.open(f"/proc/{call.tid}/cwd", os.O_PATH | os.O_CLOEXEC)
+            else:
+                start = call.take_number(directory)
+            errno = look_for_directory(start, path, _PLAINLY)
+            os.close(start)
+        if errno != errors.ELOOP:
+            return errno == 0
+        fd = self.find(call, directory, path, follow=False)
+        try:
+            return stat.S_ISDIR(os.fstat(fd).st_mode)
+        finally:
+            os.close(fd)
 
     def _open(self, path: bytes, *, follow: bool) -> int:
         return openat2(self._root, path, os.O_PATH | (0 if follow else os.O_NOFOLLOW), _WITHIN, patient=False)
