@@ -12,7 +12,7 @@
 /* What is done as long as it is, lies in a directory of this name beside the new name. */
 #define DEPUTY_MOVE_PLACE ".corral-move-%016llx"
 
-#define DEPUTY_MAX_MOVED 262144 /* entries of a tree; larger ones are EXDEV, as without all this */
+#define DEPUTY_MAX_MOVED 131072 /* entries of a tree; larger ones are EXDEV, as without all this */
 #define DEPUTY_MAX_DEPTH 120    /* of directories: each is two descriptors, of DEPUTY_MAX_FDS and some */
 
 /* Whether EXDEV of this rename may be an overlay's, about its own tree. */

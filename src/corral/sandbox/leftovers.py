@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from corral.openat2 import Resolve, closing, openat2
-from corral.sandbox.trees import remove_tree
+from corral.sandbox.trees import Unreadable, remove_tree
 from corral.sandbox.view import View
 
 _BELOW = Resolve.BENEATH | Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS
@@ -24,7 +24,7 @@ def remove_places(layer: int, view: View, places: Iterable[str]) -> None:
         part = max(parts, key=lambda part: len(part.path))
         way = os.path.join(part.name, os.path.relpath(above, part.path))
         with (
-            suppress(OSError),
+            suppress(OSError, Unreadable),
             closing(openat2(layer, os.fsencode(os.path.normpath(way)), os.O_RDONLY | os.O_DIRECTORY, _BELOW)) as parent,
         ):
             remove_tree(parent, name)

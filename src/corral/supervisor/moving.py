@@ -225,7 +225,7 @@ def _is_marked(call: Call) -> bool:
     return resource.prlimit(call.tid, _RLIMIT_LOCKS) != (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 
 
-def _restrict_self(call: Call) -> None:
+def restrict_self(call: Call) -> None:
     """landlock_restrict_self(2): the caller, and whatever it starts from here on, is marked first."""
     try:
         resource.prlimit(call.tid, _RLIMIT_LOCKS, _MARK)
@@ -234,6 +234,6 @@ def _restrict_self(call: Call) -> None:
     call.proceed()
 
 
-HANDLERS: dict[str, Callable[[Call], None]] = {"landlock_restrict_self": _restrict_self}
+HANDLERS: dict[str, Callable[[Call], None]] = {"landlock_restrict_self": restrict_self}
 UNDECIDED = frozenset(row.name for row in MOVED_DIRECTORIES if row.name not in HANDLERS)
 """What the kernel may do by itself, where no policy is about files."""

@@ -22,14 +22,14 @@ from corral.actions import KernelCall, Kind, Socket, Verdict
 from corral.guarded import Guarded
 from corral.monitor.core import Monitor
 from corral.reactor import Loop
-from corral.supervisor import listener
+from corral.supervisor import listener, moving
 from corral.supervisor.budget import Budget, raise_limit
 from corral.supervisor.call import Call
 from corral.supervisor.digests import Digests
 from corral.supervisor.filter import Class, Row, Table
 from corral.supervisor.handlers import HANDLERS
 from corral.supervisor.listener import Notification
-from corral.supervisor.moving import UNDECIDED, Moves
+from corral.supervisor.moving import UNDECIDED, Moves, restrict_self
 from corral.supervisor.processes import Processes
 from corral.supervisor.stalls import Watchdog
 from corral.supervisor.tree import Tree
@@ -262,7 +262,8 @@ class Supervised:
             return
         subject = KernelCall(row.name, row.errno, row.reason, row.quiet)
         if row.kind is Class.ASKED:
-            call.decide(Kind.KERNEL, subject, call.proceed, refused=row.errno)
+            proceed = partial(restrict_self, call) if row.name in moving.HANDLERS else call.proceed
+            call.decide(Kind.KERNEL, subject, proceed, refused=row.errno)
             return
         if row.name in _SOCKETS and not row.quiet:
             wanted = Socket(call.low(0), call.low(1), call.low(2))
