@@ -535,3 +535,11 @@ async def test_a_policy_may_still_ask_for_the_call(make_box: MakeBox, workspace:
     make_tree(workspace)
     box = await make_box(policy=Policy(syscalls=Syscalls(deny=("rename", "renameat", "renameat2"))))
     assert await inside(box, "tell(attempt(os.rename, 'tree', 'x'))") == "EPERM"
+
+
+async def test_a_policy_may_want_the_kernels_answer(make_box: MakeBox, workspace: Path) -> None:
+    """Then no rename is notified, and ``mv`` copies."""
+    make_tree(workspace)
+    box = await make_box(policy=Policy(filesystem=Filesystem(rename_directories=False)))
+    code = "tell([attempt(os.rename, 'tree', 'x'), subprocess.run(['mv', 'full', 'y']).returncode, os.listdir('y')])"
+    assert await inside(box, code) == ["EXDEV", 0, ["x"]]

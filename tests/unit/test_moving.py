@@ -13,7 +13,7 @@ import pytest
 from corral.sandbox.leftovers import remove_places
 from corral.sandbox.view import Changeable, View
 from corral.supervisor.deputy_wire import Reply
-from corral.supervisor.filter import Class, find_table, resolve
+from corral.supervisor.filter import Class, Row, find_table, resolve
 from corral.supervisor.moving import Moves
 from corral.supervisor.places import Entry, Work
 from corral.supervisor.service import Supervised
@@ -21,14 +21,15 @@ from corral.supervisor.service import Supervised
 
 @pytest.mark.parametrize("name", ["rename", "renameat", "renameat2", "landlock_restrict_self"])
 def test_which_calls_are_notified(name: str) -> None:
-    def found(**options: Any) -> Class:
+    def found(**options: Any) -> Row:
         table = find_table("x86_64", **options)
-        return table.find(resolve(table.target, {name})[name], (0,) * 6).kind
+        return table.find(resolve(table.target, {name})[name], (0,) * 6)
 
-    assert found() is Class.DECIDED
-    assert found(asked=(name,)) is Class.ASKED  # the policy's own word comes first
-    assert found(denied=(name,)) is Class.REFUSED
-    assert found(watched=True) is (Class.REFUSED if name.startswith("landlock") else Class.DECIDED)
+    assert found().kind is Class.DECIDED
+    assert found(asked=(name,)).kind is Class.ASKED  # the policy's own word comes first
+    assert found(denied=(name,)).kind is Class.REFUSED
+    assert "lets this call through" in found(moved=False).reason
+    assert found(watched=True).kind is (Class.REFUSED if name.startswith("landlock") else Class.DECIDED)
 
 
 # ---- bookkeeping ----

@@ -58,6 +58,9 @@ class Filesystem:
     """Globs of absolute paths inside; opening, renaming, ... one of them is held until somebody answers."""
     watch: tuple[str, ...] = ()
     """Globs of absolute paths inside; every such action is recorded."""
+    rename_directories: bool = True
+    """Whether directories that were there before can be renamed, which the kernel's overlay refuses (EXDEV). Every
+    rename then takes some 0.02 to 0.1 ms more."""
 
 
 class Permit(Enum):

@@ -61,6 +61,8 @@ class FilesystemSection(Strict):
     """Globs of files: to open, rename, ... one of them waits for an answer."""
     watch: PathGlobs = ()
     """Globs of files: to open, rename, ... one of them is recorded."""
+    rename_directories: bool = _DEFAULT.filesystem.rename_directories
+    """Whether directories that were there before can be renamed; every rename then takes a little longer."""
 
 
 class NetworkSection(Strict):

@@ -156,6 +156,8 @@ class Core:
         self._keeper_pidfd = os.pidfd_open(self.keeper)
         self._keeper_lock = threading.RLock()  # signal handlers kill too, in the thread that may have it
         self._standing = threading.RLock()
+        self._stop_is_due = False
+        """Whether all is to stop as soon as no directory is being moved."""
         self._freezer = Freezer(prepared.groups.path(Controller.FREEZE), self._request)
         # Not before the launcher is at work: until the walls stand there is time to load it.
         from corral.sandbox.supervision import Supervision
@@ -320,7 +322,11 @@ class Core:
         self._require_running()
         with self._standing:
             self.supervision.hold_moves(True)
-            self._freezer.stop()
+            self._stop_is_due = self.supervision.is_moving
+            if self._stop_is_due:
+                self._freezer.go_on()  # the deputy may stand still with the rest (version 2), and is to come to an end
+            else:
+                self._freezer.stop()
             self.state = State.FROZEN
 
     def _stand_still(self, still: bool) -> None:
@@ -336,17 +342,20 @@ class Core:
         """Whether all have stopped since :meth:`freeze`."""
         if self.state is not State.FROZEN:
             return False
-        # In this order: who is still to stop can have begun one.
-        return (
-            self._freezer.has_stopped(self.keeper, self.supervision.waiting_threads())
-            and not self.supervision.is_moving
-        )
+        if self.supervision.is_moving:
+            return False
+        if self._stop_is_due:
+            with self._standing:
+                self._stop_is_due = False
+                self._freezer.stop()
+        return self._freezer.has_stopped(self.keeper, self.supervision.waiting_threads())
 
     def thaw(self) -> None:
         """Lets all go on."""
         if self.state is State.FROZEN:
             with self._standing:
                 self._freezer.go_on()
+                self._stop_is_due = False
                 self.state = State.RUNNING
                 self.supervision.hold_moves(False)
             self.supervision.hold_if_asked()

@@ -88,6 +88,7 @@ class Supervision:
             tick=self._records.flush,
             exec_rules=policy.process != Processes(),
             watched=(*policy.filesystem.ask, *policy.filesystem.watch),
+            moves=policy.filesystem.rename_directories,
             egress=self.egress,
         )
         supervisor.attach(self._supervised)

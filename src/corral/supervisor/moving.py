@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import os
 import resource
-import secrets
 from collections import deque
 from collections.abc import Callable
 from errno import EAGAIN, EINTR, EPERM, EXDEV
 from functools import partial
 from typing import TYPE_CHECKING
 
+from corral.supervisor import listener, memory
 from corral.supervisor.call import Call
 from corral.supervisor.deputy_wire import Reply
+from corral.supervisor.filter import Class, Table
+from corral.supervisor.listener import Notification
 from corral.supervisor.places import NOT_MOVED, Entry, Work, find_entry
 from corral.supervisor.syscalls import MOVED_DIRECTORIES
 from corral.supervisor.waiting import LAST_PAUSE
@@ -31,7 +33,7 @@ from corral.supervisor.waiting import LAST_PAUSE
 if TYPE_CHECKING:
     from corral.supervisor.service import Supervised
 
-_AT_FDCWD = -100
+_CWD = -100 & 0xFFFFFFFF  # AT_FDCWD, as an argument has it
 _NOREPLACE = 1
 _RLIMIT_LOCKS = 10  # asm-generic/resource.h
 _MARK = (1 << 62, 1 << 62)
@@ -65,14 +67,15 @@ class Moves:
     supervisor's thread, but where it is said otherwise.
     """
 
-    def __init__(self, sandbox: Supervised) -> None:
+    def __init__(self, sandbox: Supervised, *, off: bool = False) -> None:
         self._sandbox = sandbox
         self._waiting: deque[_Rename] = deque()
         self._moving: _Rename | None = None
         self._active = 0
         self._held = False
-        self.off = False
-        """Whether somebody inside has made rules for itself and could not be marked."""
+        self.off = off
+        """Whether the kernel's answer stays: the policy wants it, or somebody inside has made rules for itself and could
+        not be marked."""
         self.places: set[str] = set()
         """Paths inside of what may be left of moves. To be read by any thread when the sandbox has ended."""
 
@@ -160,7 +163,7 @@ class Moves:
                 rename.work.close()
                 continue
             self._moving = rename
-            token = secrets.randbits(64) or 1
+            token = int.from_bytes(os.urandom(8), "little") or 1
             place = os.path.join(os.path.dirname(rename.target.path), PLACE.format(token))
             self.places.add(place)
             self._request(rename, token, partial(self._moved, rename, place))
@@ -175,6 +178,36 @@ class Moves:
 
 
 # ---- calls ----
+
+_PATHS = {"rename": (None, 0), "renameat": (0, 1), "renameat2": (0, 1)}
+"""Which arguments have the directory that the old path starts from, and that path."""
+
+
+def short_ways(table: Table) -> dict[int, tuple[int | None, int]]:
+    """Of the calls by number that the kernel may make by itself: where their old path is."""
+    found = {}
+    for name, where in _PATHS.items():
+        number = table.number(name)
+        if number is not None and table.find(number, (0,) * 6).kind is Class.DECIDED:
+            found[number] = where
+    return found
+
+
+def goes_on(sandbox: Supervised, notification: Notification, where: tuple[int | None, int]) -> bool:
+    """Whether the kernel has been told to go on, as no directory is renamed. Most renames end here, so it is short."""
+    directory, argument = where
+    tid, arguments = notification.tid, notification.arguments
+    try:
+        path = memory.read_text(tid, arguments[argument])
+        from_cwd = directory is None or arguments[directory] & 0xFFFFFFFF == _CWD
+        if not path.startswith(b"/") and not from_cwd:
+            return False
+        if sandbox.tree.may_be_directory(tid, path):
+            return False
+    except OSError:
+        pass  # nobody can tell what the kernel will say
+    listener.proceed(sandbox.listener, notification.id)
+    return True
 
 
 class _Unwatched(Work):

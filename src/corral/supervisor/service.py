@@ -71,6 +71,7 @@ class Supervised:
         tick: Callable[[], None] = lambda: None,
         exec_rules: bool = False,
         watched: tuple[str, ...] = (),
+        moves: bool = True,
         egress: Egress | None = None,
     ) -> None:
         """Takes the three descriptors over."""
@@ -81,7 +82,8 @@ class Supervised:
         """Whether the policy has rules about programs that could refuse one."""
         self.watch = Watch(watched)
         """Names of files that are decided on."""
-        self.moves = Moves(self)
+        self.moves = Moves(self, off=not moves)
+        self._renames = {} if self.watch else moving.short_ways(table)
         self.egress = egress
         """The way out, where there is one."""
         self._deputy_fd = deputy_fd
@@ -190,7 +192,12 @@ class Supervised:
             return
         try:
             notification = listener.receive(self.listener)
-            if notification is not None and not self._repeats(notification):
+            if notification is None:
+                return
+            rename = self._renames.get(notification.number)
+            if rename is not None and moving.goes_on(self, notification, rename):
+                return
+            if not self._repeats(notification):
                 self._serve(notification)
         except Exception as error:
             self.end(f"its supervisor lost the listener ({type(error).__name__})")

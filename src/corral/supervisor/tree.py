@@ -56,19 +56,19 @@ class Tree:
                 raise
         return _Walk(self._root, call).find(path, follow=follow)
 
-    def has_directory(self, call: Call, directory: int, path: bytes) -> bool:
-        """Whether ``path`` is surely a directory's, and no link's; quickly, as every rename asks. Raises OSError."""
+    def may_be_directory(self, tid: int, path: bytes) -> bool:
+        """Whether ``path``, absolute or from the working directory of ``tid``, may be a directory's, and no link's; for
+        those who ask often. Raises OSError."""
         if path.startswith(b"/"):
             errno = look_for_directory(self._root, path, _WITHIN)
         else:
-            if directory == _AT_FDCWD:
-                start = os.open(f"/proc/{call.tid}/cwd", os.O_PATH | os.O_CLOEXEC)
-            else:
-                start = call.take_number(directory)
+            start = os.open(f"/proc/{tid}/cwd", os.O_PATH | os.O_CLOEXEC)
             errno = look_for_directory(start, path, _PLAINLY)
             os.close(start)
-        if errno != errors.ELOOP:
-            return errno == 0
+        return errno in (0, errors.ELOOP)
+
+    def has_directory(self, call: Call, directory: int, path: bytes) -> bool:
+        """Whether the caller's ``path`` is a directory's, and no link's. Raises OSError."""
         fd = self.find(call, directory, path, follow=False)
         try:
             return stat.S_ISDIR(os.fstat(fd).st_mode)
