@@ -74,8 +74,8 @@ class Moves:
         self._active = 0
         self._held = False
         self.off = off
-        """Whether the kernel's answer stays: the policy wants it, or somebody inside has made rules for itself and could
-        not be marked."""
+        """Whether the kernel's answer stays: the policy wants it, or somebody inside has made rules for itself and
+        could not be marked."""
         self.places: set[str] = set()
         """Paths inside of what may be left of moves. To be read by any thread when the sandbox has ended."""
 
