@@ -215,7 +215,8 @@ static void reap(void)
         if (WIFEXITED(status) && WEXITSTATUS(status) == 0)
             continue;
         result = (struct deputy_result){
-            .error = WIFSIGNALED(status) ? EINTR : EIO, .value = place->moves, .fd = -1}; /* how far did it come? */
+            .error = WIFSIGNALED(status) ? EINTR : EIO, .fd = -1,
+            .value = place->moves ? DEPUTY_PLACE_IS_UNKNOWN : 0};
         answer(place->id, &result, false);
     }
 }

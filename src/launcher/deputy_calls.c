@@ -11,6 +11,7 @@
 
 #include "deputy.h"
 #include "deputy_move.h"
+#include "deputy_tree.h"
 #include "kernel.h"
 
 #ifndef SO_NETNS_COOKIE
@@ -36,11 +37,6 @@ static int give(struct deputy_result *result, int fd)
 {
     result->fd = fd;
     return fd < 0 ? -1 : 0;
-}
-
-static bool same_file(const struct stat *a, const struct stat *b)
-{
-    return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
 }
 
 /* The path of an object inside, as the kernel names it, or none: no object of a file system that can be seen from the

@@ -1,6 +1,5 @@
 #include "deputy_move.h"
 
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -13,6 +12,7 @@
 #include <sys/xattr.h>
 #include <unistd.h>
 
+#include "deputy_tree.h"
 #include "kernel.h"
 
 #define OVERLAY_MAGIC 0x794c7630
@@ -24,20 +24,9 @@
 #define MAX_VALUE 65536
 #define TREE "tree"   /* in the place: the new tree, until it has its name */
 #define PICKED "file" /* in the place: what was taken from the old tree, and is looked at */
+#define KEPT "kept-%u" /* in the place: what was put into the old tree meanwhile, and had no room in the new one */
 
 static volatile sig_atomic_t ended;
-
-/* ---- what was linked ---- */
-
-struct identity {
-    uint64_t device, inode; /* inode 0: a free place */
-};
-
-/* A set, by open addressing; never more than half full. */
-struct set {
-    struct identity *places;
-    size_t size, used;
-};
 
 struct move {
     struct set linked;
@@ -47,104 +36,8 @@ struct move {
     gid_t gid;
     uint64_t files, directories, bytes;
     int place; /* the directory in which all is made */
+    unsigned kept;
 };
-
-static struct identity *find(const struct set *set, dev_t device, ino_t inode)
-{
-    size_t at = (size_t)((inode * 0x9E3779B97F4A7C15u) ^ device) & (set->size - 1);
-    while (set->places[at].inode && (set->places[at].inode != inode || set->places[at].device != device))
-        at = (at + 1) & (set->size - 1);
-    return &set->places[at];
-}
-
-static bool same_file(const struct stat *a, const struct stat *b)
-{
-    return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
-}
-
-static bool has(const struct set *set, const struct stat *stat)
-{
-    return set->size && find(set, stat->st_dev, stat->st_ino)->inode;
-}
-
-static int add(struct set *set, const struct stat *stat)
-{
-    if (set->used * 2 >= set->size) {
-        struct set larger = {.size = set->size ? set->size * 2 : 1024, .used = set->used};
-        larger.places = calloc(larger.size, sizeof *larger.places);
-        if (!larger.places)
-            return -1;
-        for (size_t i = 0; i < set->size; i++)
-            if (set->places[i].inode)
-                *find(&larger, set->places[i].device, set->places[i].inode) = set->places[i];
-        free(set->places);
-        *set = larger;
-    }
-    struct identity *place = find(set, stat->st_dev, stat->st_ino);
-    set->used += !place->inode;
-    *place = (struct identity){stat->st_dev, stat->st_ino};
-    return 0;
-}
-
-/* ---- directories ---- */
-
-/* A directory in another, on the same mount, itself and no link to it. */
-static int open_below(int at, const char *name)
-{
-    struct open_how how = {.flags = O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK,
-                           .resolve = RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS | RESOLVE_BENEATH};
-    return sys_openat2(at, name, &how);
-}
-
-/* All names in a directory, each ended by NUL, the last by two: what is done to it while it is read may change what is
- * read. NULL with errno. */
-static char *list(int directory)
-{
-    size_t used = 0, size = PAGE;
-    char *names = malloc(size);
-    int copy = openat(directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    DIR *stream = copy < 0 ? NULL : fdopendir(copy);
-    if (!stream || !names) {
-        int error = stream ? ENOMEM : errno;
-        if (stream)
-            closedir(stream);
-        else if (copy >= 0)
-            close(copy);
-        free(names);
-        errno = error;
-        return NULL;
-    }
-    struct dirent *entry;
-    while (errno = 0, (entry = readdir(stream))) {
-        size_t length = strlen(entry->d_name) + 1;
-        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0)
-            continue;
-        if (used + length + 1 > size) {
-            char *larger = realloc(names, size *= 2);
-            if (!larger) {
-                errno = ENOMEM;
-                break;
-            }
-            names = larger;
-        }
-        memcpy(names + used, entry->d_name, length);
-        used += length;
-    }
-    int error = errno;
-    closedir(stream);
-    names[used] = '\0';
-    if (error) {
-        free(names);
-        errno = error;
-        return NULL;
-    }
-    return names;
-}
-
-static const char *next(const char *name)
-{
-    return name + strlen(name) + 1;
-}
 
 /* ---- whether it can be done ---- */
 
@@ -191,11 +84,11 @@ static int look_at_entry(struct move *move, int directory, const char *name, uns
 
 static int look_at(struct move *move, int directory, unsigned depth)
 {
-    char *names = list(directory);
+    char *names = list_names(directory);
     if (!names)
         return -1;
     int result = 0;
-    for (const char *name = names; *name && result == 0; name = next(name))
+    for (const char *name = names; *name && result == 0; name = next_name(name))
         result = look_at_entry(move, directory, name, depth);
     int error = errno;
     free(names);
@@ -250,7 +143,7 @@ static int copy_attributes(int from, int to)
     ssize_t length = flistxattr(from, names, sizeof names);
     if (length < 0)
         return errno == EOPNOTSUPP ? 0 : -1;
-    for (const char *name = names; name < names + length; name = next(name)) {
+    for (const char *name = names; name < names + length; name = next_name(name)) {
         if (strncmp(name, "user.", 5) != 0 && !is_acl(name))
             continue; /* a label is given by the kernel */
         ssize_t size = fgetxattr(from, name, value, sizeof value);
@@ -304,21 +197,21 @@ static int fill_entry(struct move *move, int from, int to, const char *name)
         return make_directory(move, from, to, name);
     if (linkat(from, name, to, name, 0) < 0)
         return errno == ENOENT ? 0 : -1;
-    if (fstatat(to, name, &made, AT_SYMLINK_NOFOLLOW) < 0 || add(&move->linked, &made) < 0)
+    if (fstatat(to, name, &made, AT_SYMLINK_NOFOLLOW) < 0 || set_add(&move->linked, &made) < 0)
         return -1;
     /* Under its old name it may have the number of the file that was copied up. If it has neither, it is another by now. */
     if (fstatat(from, name, &after, AT_SYMLINK_NOFOLLOW) < 0 || !same_file(&before, &after))
         return 0;
-    return add(&move->linked, &after);
+    return set_add(&move->linked, &after);
 }
 
 static int fill(struct move *move, int from, int to)
 {
-    char *names = list(from);
+    char *names = list_names(from);
     if (!names)
         return -1;
     int result = 0;
-    for (const char *name = names; *name && result == 0; name = next(name))
+    for (const char *name = names; *name && result == 0; name = next_name(name))
         result = fill_entry(move, from, to, name);
     int error = errno;
     free(names);
@@ -332,10 +225,10 @@ static int fill(struct move *move, int from, int to)
  * around it. */
 static void take_away(struct move *move, int directory)
 {
-    char *names = list(directory);
+    char *names = list_names(directory);
     if (!names)
         return;
-    for (const char *name = names; *name; name = next(name)) {
+    for (const char *name = names; *name; name = next_name(name)) {
         struct stat status;
         if (fstatat(directory, name, &status, AT_SYMLINK_NOFOLLOW) < 0)
             continue;
@@ -348,38 +241,62 @@ static void take_away(struct move *move, int directory)
             take_away(move, below);
             close(below);
             unlinkat(directory, name, AT_REMOVEDIR);
-        } else if (has(&move->linked, &status))
+        } else if (set_has(&move->linked, &status))
             unlinkat(directory, name, 0);
     }
     free(names);
 }
 
+static int rename_new(int from, const char *old, int to, const char *new)
+{
+    return (int)syscall(SYS_renameat2, from, old, to, new, NOREPLACE);
+}
+
+static bool is_later(const struct timespec *one, const struct timespec *other)
+{
+    return one->tv_sec != other->tv_sec ? one->tv_sec > other->tv_sec : one->tv_nsec > other->tv_nsec;
+}
+
+/* Whether a file of the old tree is in the new one, or another has taken its place there. */
+static bool is_had(const struct move *move, const struct stat *old, int to, const char *name)
+{
+    struct stat new;
+    if (set_has(&move->linked, old))
+        return true;
+    if (to < 0 || fstatat(to, name, &new, AT_SYMLINK_NOFOLLOW) < 0)
+        return false;
+    return same_file(old, &new) || (!set_has(&move->linked, &new) && is_later(&new.st_mtim, &old->st_mtim));
+}
+
 /* One file of the old tree. It is looked at where nobody reaches it by its old name any more: if it is not what was linked,
- * somebody has put it there since, and it is the tree's. */
+ * somebody has put it there since, and it is the tree's. Where it can go nowhere it stays in the place. */
 static void let_go(struct move *move, int from, int to, const char *name)
 {
-    struct stat status, other;
+    struct stat status;
     if (renameat(from, name, move->place, PICKED) < 0 ||
         fstatat(move->place, PICKED, &status, AT_SYMLINK_NOFOLLOW) < 0)
         return;
-    bool known = has(&move->linked, &status);
-    if (!known && to >= 0 && fstatat(to, name, &other, AT_SYMLINK_NOFOLLOW) == 0)
-        known = same_file(&status, &other);
-    if (known)
+    if (is_had(move, &status, to, name)) {
         unlinkat(move->place, PICKED, 0);
-    else if (to < 0 || renameat(move->place, PICKED, to, name) < 0)
-        syscall(SYS_renameat2, move->place, PICKED, from, name, NOREPLACE);
+        return;
+    }
+    if ((to >= 0 && renameat(move->place, PICKED, to, name) == 0) || rename_new(move->place, PICKED, from, name) == 0)
+        return;
+    char kept[sizeof KEPT + 10];
+    do
+        snprintf(kept, sizeof kept, KEPT, move->kept++);
+    while (rename_new(move->place, PICKED, move->place, kept) < 0 && errno == EEXIST);
 }
 
 static void empty(struct move *move, int from, int to)
 {
     struct stat status;
-    char *names = list(from);
+    char *names = list_names(from);
     if (!names)
         return;
     if (fstat(from, &status) == 0 && (status.st_mode & 0700) != 0700)
         fchmod(from, status.st_mode | 0700);
-    for (const char *name = names; *name; name = next(name)) {
+    for (const char *name = names; *name; name = next_name(name)) {
         if (fstatat(from, name, &status, AT_SYMLINK_NOFOLLOW) < 0)
             continue;
         if (!S_ISDIR(status.st_mode)) {
@@ -422,7 +339,7 @@ static int check_target(int directory, const char *name)
     int fd = open_below(directory, name);
     if (fd < 0)
         return errno == EACCES ? 0 : -1; /* then the rename at the end says it */
-    char *names = list(fd);
+    char *names = list_names(fd);
     bool is_empty = names && !*names;
     int error = names ? ENOTEMPTY : errno;
     free(names);
@@ -430,19 +347,28 @@ static int check_target(int directory, const char *name)
     return is_empty ? 0 : refuse(error);
 }
 
+/* Until it gets its name a move fails for want of room or rights, or because it was ended. */
+static int refuse_made(int error)
+{
+    bool is_told = error == ENOSPC || error == EDQUOT || error == ENOMEM || error == EIO || error == EINTR;
+    return refuse(is_told ? error : EXDEV);
+}
+
 static int make_and_name(struct move *move, int source, const struct deputy_message *message, const int *fds)
 {
     struct stat status;
     if (find_upper_device(move) < 0 || look_at(move, source, 0) < 0 || check_room(move) < 0)
-        return -1;
+        return refuse_made(errno);
     if (fstat(source, &status) < 0 || mkdirat(move->place, TREE, 0700) < 0)
-        return -1;
+        return refuse_made(errno);
     int tree = open_below(move->place, TREE);
     if (tree < 0)
-        return -1;
+        return refuse_made(errno);
     int result = -1;
     /* The directory itself must be writable for its parent to change (rename(2), EACCES). */
-    if (fill(move, source, tree) == 0 && dress(source, tree, &status, 0200) == 0) {
+    if (fill(move, source, tree) < 0 || dress(source, tree, &status, 0200) < 0)
+        refuse_made(errno);
+    else {
         if (ended || !same(fds[0], message->path, source))
             errno = ended ? EINTR : ENOENT;
         else
@@ -505,7 +431,7 @@ static int move_to(const struct deputy_message *message, const int *fds, int sou
         return -1;
     snprintf(place, sizeof place, DEPUTY_MOVE_PLACE, (unsigned long long)message->request.resolve);
     if (mkdirat(fds[1], place, 0700) < 0)
-        return -1;
+        return errno == EEXIST ? refuse(EXDEV) : -1;
     move.place = open_below(fds[1], place);
     int done = move.place < 0 ? -1 : make_and_name(&move, source, message, fds);
     int error = errno;
@@ -514,7 +440,7 @@ static int move_to(const struct deputy_message *message, const int *fds, int sou
         close(move.place);
     }
     if (unlinkat(fds[1], place, AT_REMOVEDIR) < 0 && errno != ENOENT)
-        result->value = 1;
+        result->value = DEPUTY_PLACE_IS_OTHERS;
     free(move.linked.places);
     errno = error;
     return done;

@@ -22,8 +22,8 @@ bool deputy_may_move(const struct deputy_message *message, const int *fds);
 int deputy_heed_end(void);
 
 /* Makes the move. 0, or -1 with errno: EXDEV where it cannot be made with these rights or not whole, and ENOSPC where
- * there is no room for it; nothing is changed then. `value` of the result is 1 where something of the place is left, to
- * which others have put something of theirs. */
+ * there is no room for it; nothing is changed then. `value` of the result is DEPUTY_PLACE_IS_OTHERS where the place stays,
+ * as there is something in it that others have put there, or into the old tree. */
 int deputy_move(const struct deputy_message *message, const int *fds, struct deputy_result *result);
 
 #endif

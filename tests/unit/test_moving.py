@@ -166,7 +166,7 @@ def test_nothing_is_moved_while_all_stands_still(sandbox: FakeSandbox, moves: Mo
 
 
 def test_what_may_be_left_is_remembered(sandbox: FakeSandbox, moves: Moves) -> None:
-    for reply in (Reply(errno.EPERM), Reply(errno.EINTR, 1), Reply(0, 1)):
+    for reply in (Reply(errno.EPERM), Reply(errno.EINTR, 1), Reply(0, 2), Reply(errno.EIO, 1)):
         begin(moves, "a")
         sandbox.answer(errno.EXDEV)
         sandbox.asked[-1][2](reply)

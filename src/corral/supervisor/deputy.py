@@ -143,8 +143,8 @@ class Deputy:
         """renameat2(2); both places are a directory and a name in it.
 
         With a ``token`` that is not 0, also of a directory that the overlay refuses to rename. That takes its time,
-        and a place beside the new name which ``token`` names; :meth:`interrupt` ends it. Where the reply's value is 1
-        something of that place may be left.
+        and a place beside the new name which ``token`` names; :meth:`interrupt` ends it. The reply's value says what is
+        of that place (:class:`PlaceLeft`).
         """
         fds = (old[0], new[0])
         return self.request(Operation.RENAME, caller, done, fds, path=old[1], second=new[1], flags=flags, resolve=token)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from corral.supervisor import listener, memory
 from corral.supervisor.call import Call
-from corral.supervisor.deputy_wire import Reply
+from corral.supervisor.deputy_wire import PlaceLeft, Reply
 from corral.supervisor.filter import Class, Table
 from corral.supervisor.listener import Notification
 from corral.supervisor.places import NOT_MOVED, Entry, Work, find_entry
@@ -125,7 +125,7 @@ class Moves:
         def got(reply: Reply) -> None:
             self._active -= 1
             rename.number = 0
-            if reply.busy or (reply.errno == EINTR and self._held and not reply.value):
+            if reply.busy or (reply.errno == EINTR and self._held and reply.value == PlaceLeft.IS_GONE):
                 self._sandbox.loop.call_later(LAST_PAUSE, again)
             else:
                 replied(reply)
@@ -171,9 +171,9 @@ class Moves:
     def _moved(self, rename: _Rename, place: str, reply: Reply) -> None:
         self._moving = None
         # EPERM: there is no deputy any more, and nobody knows how far it came.
-        if not reply.value and reply.errno != EPERM:
+        if reply.value != PlaceLeft.IS_UNKNOWN and reply.errno != EPERM:
             self.places.discard(place)
-        self._answer(rename, reply)
+        self._answer(rename, Reply(EXDEV) if reply.errno == EINTR else reply)
         self._move_next()
 
 
