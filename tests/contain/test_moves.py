@@ -543,3 +543,21 @@ async def test_a_policy_may_want_the_kernels_answer(make_box: MakeBox, workspace
     box = await make_box(policy=Policy(filesystem=Filesystem(rename_directories=False)))
     code = "tell([attempt(os.rename, 'tree', 'x'), subprocess.run(['mv', 'full', 'y']).returncode, os.listdir('y')])"
     assert await inside(box, code) == ["EXDEV", 0, ["x"]]
+
+
+async def test_what_cannot_be_made_anew_stays_as_it_is(make_box: MakeBox, workspace: Path) -> None:
+    """Deeper than descriptors reach, and what its owner may not read."""
+    make_tree(workspace)
+    (workspace / "dark" / "in").mkdir(parents=True)
+    deep = workspace / "deep"
+    for _ in range(130):
+        deep /= "d"
+    deep.mkdir(parents=True)
+    (deep / "file").write_text("deep")
+    (workspace / "dark" / "in").chmod(0o300)
+    code = """
+got = [attempt(os.rename, name, name + "2") for name in ("deep", "dark", "tree")]
+tell([got, sorted(os.listdir(".")), open("deep" + "/d" * 130 + "/file").read()])
+"""
+    got = await inside(await make_box(), code)
+    assert got == [["EXDEV", "EXDEV", ""], sorted("dark deep empty file.txt full other tree2".split()), "deep"]
