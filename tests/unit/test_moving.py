@@ -165,6 +165,18 @@ def test_nothing_is_moved_while_all_stands_still(sandbox: FakeSandbox, moves: Mo
     assert work.answers == [0] and other.answers == [0]
 
 
+def test_what_was_taken_back_is_made_though_all_goes_on_already(sandbox: FakeSandbox, moves: Moves) -> None:
+    work = begin(moves, "a")
+    sandbox.answer(errno.EXDEV)
+    moves.hold(True)
+    moves.hold(False)
+    sandbox.answer(errno.EINTR)
+    assert work.answers == []
+    sandbox.wait()
+    sandbox.answer()
+    assert work.answers == [0] and not moves.places
+
+
 def test_what_may_be_left_is_remembered(sandbox: FakeSandbox, moves: Moves) -> None:
     for reply in (Reply(errno.EPERM), Reply(errno.EINTR, 1), Reply(0, 2), Reply(errno.EIO, 1)):
         begin(moves, "a")

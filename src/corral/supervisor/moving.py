@@ -125,7 +125,9 @@ class Moves:
         def got(reply: Reply) -> None:
             self._active -= 1
             rename.number = 0
-            if reply.busy or (reply.errno == EINTR and self._held and reply.value == PlaceLeft.IS_GONE):
+            # A move whose caller lives was interrupted because all was to stand still.
+            taken_back = reply.errno == EINTR and reply.value == PlaceLeft.IS_GONE and rename.is_wanted
+            if reply.busy or taken_back:
                 self._sandbox.loop.call_later(LAST_PAUSE, again)
             else:
                 replied(reply)
