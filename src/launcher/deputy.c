@@ -19,6 +19,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "deputy_move.h"
 #include "kernel.h"
 #include "wire.h"
 
@@ -33,6 +34,7 @@
 struct waiting {
     pid_t pid;
     uint64_t id;
+    bool moves; /* cleans up before it ends */
 };
 static struct waiting waiting[DEPUTY_MAX_WAITING];
 static bool changes_ids; /* the sandbox has more than one id; see set_capabilities */
@@ -177,17 +179,18 @@ static void wait_apart(const int *fds, unsigned count)
 {
     struct waiting *place = find_place(0);
     uint64_t id = message.request.id;
+    bool moves = message.request.operation == DEPUTY_RENAME;
     pid_t self = getpid(), pid = place ? fork() : -1;
     if (pid < 0) {
         refuse(id, EAGAIN, true);
         return;
     }
     if (pid > 0) {
-        *place = (struct waiting){pid, id};
+        *place = (struct waiting){pid, id, moves};
         return;
     }
     if (set_capabilities(false, false) < 0 || prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0 ||
-        prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) < 0 || getppid() != self)
+        prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) < 0 || getppid() != self || (moves && deputy_heed_end() < 0))
         _exit(1);
     deputy_do(PROC_FD, &message, fds, count, true, &result);
     answer(id, &result, false);
@@ -198,7 +201,7 @@ static void cancel(uint64_t id)
 {
     for (unsigned i = 0; i < DEPUTY_MAX_WAITING; i++)
         if (waiting[i].pid != 0 && waiting[i].id == id)
-            kill(waiting[i].pid, SIGKILL);
+            kill(waiting[i].pid, waiting[i].moves ? SIGTERM : SIGKILL);
 }
 
 static void reap(void)
@@ -209,8 +212,12 @@ static void reap(void)
         if (!place)
             continue;
         place->pid = 0;
-        if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
-            refuse(place->id, WIFSIGNALED(status) ? EINTR : EIO, false);
+        if (WIFEXITED(status) && WEXITSTATUS(status) == 0)
+            continue;
+        result = (struct deputy_result){
+            .error = WIFSIGNALED(status) ? EINTR : EIO, .fd = -1,
+            .value = place->moves ? DEPUTY_PLACE_IS_UNKNOWN : 0};
+        answer(place->id, &result, false);
     }
 }
 

@@ -33,7 +33,10 @@ enum deputy_operation {
                            `value` 1: there is one, whose path is longer than can be told */
     DEPUTY_OPEN = 2,    /* object; `flags`, `mode`. Reply: the same object, opened (open(2)) */
     DEPUTY_CREATE = 3,  /* directory; path. A new file only, with `flags`, `mode`. Reply: the file */
-    DEPUTY_RENAME = 4,  /* old directory, new directory; path: old, second: new; `flags` of renameat2(2) */
+    DEPUTY_RENAME = 4,  /* old directory, new directory; path: old, second: new; `flags` of renameat2(2). With a `resolve`
+                           that is not 0, a directory that the overlay refuses to rename is made anew under the new name,
+                           beside it first (deputy_move.h), in a place that this number names. DEPUTY_CANCEL then ends
+                           only what has not its new name yet, and there is a reply. `value`: what is of the place */
     DEPUTY_LINK = 5,    /* object, directory; path */
     DEPUTY_SYMLINK = 6, /* directory; path, second: target, any */
     DEPUTY_UNLINK = 7,  /* directory; path; `flags`: AT_REMOVEDIR */
@@ -52,6 +55,12 @@ enum deputy_operation {
 enum deputy_option {
     DEPUTY_TO_OBJECT = 1,
     DEPUTY_APART = 2,
+};
+
+enum deputy_place {
+    DEPUTY_PLACE_IS_GONE = 0,
+    DEPUTY_PLACE_IS_UNKNOWN = 1,
+    DEPUTY_PLACE_IS_OTHERS = 2,
 };
 
 struct deputy_request {

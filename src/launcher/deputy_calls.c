@@ -10,6 +10,8 @@
 #include <unistd.h>
 
 #include "deputy.h"
+#include "deputy_move.h"
+#include "deputy_tree.h"
 #include "kernel.h"
 
 #ifndef SO_NETNS_COOKIE
@@ -35,11 +37,6 @@ static int give(struct deputy_result *result, int fd)
 {
     result->fd = fd;
     return fd < 0 ? -1 : 0;
-}
-
-static bool same_file(const struct stat *a, const struct stat *b)
-{
-    return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
 }
 
 /* The path of an object inside, as the kernel names it, or none: no object of a file system that can be seen from the
@@ -158,6 +155,22 @@ static int make_node(const struct deputy_message *message, int directory)
         return -1;
     }
     return mknodat(directory, message->path, (mode_t)(type | message->request.mode), 0);
+}
+
+static int rename_entry(const struct deputy_message *message, const int *fds, bool patient, bool *waits,
+                        struct deputy_result *result)
+{
+    int done = (int)syscall(SYS_renameat2, fds[0], message->path, fds[1], message->second, message->request.flags);
+    if (done == 0 || errno != EXDEV)
+        return done;
+    if (!deputy_may_move(message, fds)) {
+        errno = EXDEV;
+        return -1;
+    }
+    if (patient)
+        return deputy_move(message, fds, result);
+    *waits = true;
+    return 0;
 }
 
 /* ---- sockets ---- */
@@ -396,7 +409,7 @@ static int call(int proc, const struct deputy_message *message, const int *fds, 
     case DEPUTY_CREATE:
         return create(message, fds[0], result);
     case DEPUTY_RENAME:
-        return (int)syscall(SYS_renameat2, fds[0], message->path, fds[1], message->second, request->flags);
+        return rename_entry(message, fds, patient, waits, result);
     case DEPUTY_LINK:
         return linkat(proc, link_to(fds[0]).text, fds[1], message->path, AT_SYMLINK_FOLLOW);
     case DEPUTY_SYMLINK:

@@ -237,9 +237,7 @@ for what, name, more in eval(sys.argv[2]):
                 file.seek(5_000_000)
                 file.write("end")
     except OSError as error:
-        # An overlay refuses to rename a directory that was there before (EXDEV); then it is moved as `mv` does it.
-        if what == "rename" and error.errno == 18:
-            shutil.move(name, more) if not os.path.isdir(more) else None
+        if error.errno == 18: raise  # EXDEV
 found = {}
 for top, directories, files in os.walk("."):
     for name in (*directories, *files):

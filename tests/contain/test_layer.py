@@ -141,21 +141,12 @@ def rewrite(path):
             file.seek(0)
             file.write(text)
 
-def move(path, other):
-    # What the overlay refuses for directories from below (EXDEV), programs do by copying.
-    if kind(path) != stat.S_IFDIR:
-        return os.rename(path, other)
-    os.mkdir(other)
-    for name in sorted(os.listdir(path)):
-        move(f"{path}/{name}", f"{other}/{name}")
-    os.rmdir(path)
-
 def rename(path):
     other = place()
     if kind(path) != stat.S_IFDIR or not (kind(other) or f"{os.path.realpath(other)}/".startswith(
         f"{os.path.realpath(path)}/"
     )):
-        move(path, other)
+        os.rename(path, other)
 
 def remove(path):
     if kind(path) == stat.S_IFDIR:

@@ -224,7 +224,8 @@ async def test_snapshots_at_once_and_cancelled_ones_disturb_nothing(make_box: Ma
     await box.exec(["sh", "-c", "mkdir d; for n in 1 2 3 4 5 6 7 8 9; do echo $n >d/$n; done; sleep 0.1"])
     snapshots = await asyncio.gather(*(box.snapshot(str(number)) for number in range(6)))
     cancelled = asyncio.ensure_future(box.snapshot("cancelled"))
-    await asyncio.sleep(0.003)
+    while not box.core.is_kept_still:
+        await asyncio.sleep(0)
     cancelled.cancel()
     await asyncio.wait([cancelled])
     assert (await box.exec(["echo", "goes on"])).text == "goes on\n"

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from corral.reactor import Loop
 from corral.supervisor import deputy, deputy_wire
 from corral.supervisor.deputy import MAX_OUTSTANDING, Deputy
-from corral.supervisor.deputy_wire import Caller, Operation, Option, Reply, decode, encode
+from corral.supervisor.deputy_wire import Caller, Operation, Option, PlaceLeft, Reply, decode, encode
 from tests.unit.test_wire import LAUNCHER, SANITIZE, c_define, c_enums, compile_c, compiler
 
 __all__ = ["compiler"]  # a fixture
@@ -33,11 +33,15 @@ AGENT = Caller(1000, 1000)
 
 
 @pytest.mark.parametrize(
-    ("mirror", "tag"), [(Operation, "deputy_operation"), (Option, "deputy_option")], ids=["operation", "option"]
+    ("mirror", "tag"),
+    [(Operation, "deputy_operation"), (Option, "deputy_option"), (PlaceLeft, "deputy_place")],
+    ids=["operation", "option", "place"],
 )
-def test_enums_are_the_same(mirror: type[Operation] | type[Option], tag: str) -> None:
+def test_enums_are_the_same(mirror: type[Operation] | type[Option] | type[PlaceLeft], tag: str) -> None:
     ours = {name: int(member) for name, member in mirror.__members__.items() if name != "NONE"}
-    assert ours == {name.removeprefix("DEPUTY_"): value for name, value in c_enums("deputy.h")[tag].items()}
+    assert ours == {
+        name.removeprefix("DEPUTY_").removeprefix("PLACE_"): value for name, value in c_enums("deputy.h")[tag].items()
+    }
 
 
 def test_limits_are_the_same() -> None:

@@ -33,6 +33,7 @@ from corral.supervisor.filter import (
 from corral.supervisor.syscalls import (
     DECIDED,
     FIXED_PROCESSORS,
+    MOVED_DIRECTORIES,
     REFUSALS,
     UNCOUNTED_MEMORY,
     WATCHED_FILES,
@@ -71,7 +72,9 @@ def test_no_row_is_redundant_or_contradicts_another() -> None:
     assert {row.name for row in EVERY_DECIDED} <= set(allowed)
     assert {row.name for row in (*ALSO, *WATCHED_FILES_REFUSALS)} <= set(allowed)
     assert not {row.name for row in WATCHED_FILES_REFUSALS} & {row.name for row in EVERY_DECIDED}
-    assert not {row.name for row in WATCHED_FILES} & {row.name for row in DECIDED}
+    assert not {row.name for row in (*WATCHED_FILES, *MOVED_DIRECTORIES)} & {row.name for row in DECIDED}
+    watched = {row.name for row in WATCHED_FILES} | {row.name for row in WATCHED_FILES_REFUSALS}
+    assert {row.name for row in MOVED_DIRECTORIES} <= watched & set(allowed)
 
 
 def test_what_an_agent_may_have_wanted_is_never_quiet() -> None:
@@ -158,7 +161,7 @@ class Configuration(NamedTuple):
         return find_table(architecture, also=self.also, asked=self.asked, denied=self.denied, watched=self.watched)
 
     def rows(self) -> list[tuple[Class, Refusal | Decided]]:
-        decided = (*DECIDED, *(WATCHED_FILES if self.watched else ()))
+        decided = (*DECIDED, *(WATCHED_FILES if self.watched else MOVED_DIRECTORIES))
         refused = (*REFUSALS, *self.also, *(WATCHED_FILES_REFUSALS if self.watched else ()))
         return [
             *((Class.REFUSED, row) for row in refused),
@@ -171,7 +174,9 @@ class Configuration(NamedTuple):
 CONFIGURATIONS = (
     Configuration(),
     Configuration(ALSO, watched=True),
-    Configuration(asked=("socket", "prctl", "read", "mount"), denied=("socketpair", "sendto", "io_submit", "uselib")),
+    Configuration(
+        asked=("socket", "prctl", "read", "mount", "renameat2"), denied=("socketpair", "sendto", "io_submit", "uselib")
+    ),
     Configuration(ALSO, ("shmget", "mq_open"), ("openat", "execve", "ioctl", "setxattr"), watched=True),
 )
 

@@ -134,6 +134,7 @@ def test_from_another_file(tmp_path: Path) -> None:
         deny=(f"{here}/team/secret", f"{here}/other"),
         ask=(f"{here}/team/a/*",),
         watch=(f"{here}/team/w", f"{here}/v"),
+        rename_directories=False,  # as the profile that the team's file starts from
     )
     assert policy.network.allow == (NetworkRule("d.example"),)
     assert policy.network.ask == (NetworkRule("b.example"), NetworkRule("e.example"))

@@ -70,6 +70,9 @@ class Filesystem:
     """Where one cannot be taken, the sandbox ends."""
     restore_keeps: tuple[str, ...] = ()
     """Globs of programs, by their path inside, that go on when the files are set back; all others are killed."""
+    rename_directories: bool = True
+    """Whether directories that were there before can be renamed, which the kernel's overlay refuses (EXDEV). Every
+    rename then takes some 0.02 to 0.1 ms more."""
 
 
 class Permit(Enum):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from corral.actions import Verdict
-from corral.policy.model import GIB, MIB, Approvals, Environment, Network, Policy, Resources
+from corral.policy.model import GIB, MIB, Approvals, Environment, Filesystem, Network, Policy, Resources
 
 DEFAULT_PROFILE = "coding-agent"
 """What a policy file starts from that names no profile, and what is used without one."""
@@ -43,6 +43,9 @@ _RL_ROLLOUT = Policy(
         wall_time=1800.0,  # an episode that hangs must not hold its place for ever
         output=1 * MIB,  # more does not fit a model's context
     ),
+    # Tens of thousands of renames are made for each that is of such a directory, and hundreds of sandboxes share one
+    # supervisor.
+    filesystem=Filesystem(rename_directories=False),
     environment=Environment(
         allow=(),  # the same episode everywhere: nothing of whoever trains shows inside
         set=(("LANG", "C.UTF-8"), ("TZ", "UTC")),

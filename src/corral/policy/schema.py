@@ -69,6 +69,8 @@ class FilesystemSection(Strict):
     """Whether snapshots are taken by themselves: `never`, or at the start and after each `step`."""
     restore_keeps: PathGlobs = ()
     """Globs of programs that go on when the files are set back to a snapshot; all others are killed."""
+    rename_directories: bool = _DEFAULT.filesystem.rename_directories
+    """Whether directories that were there before can be renamed; every rename then takes a little longer."""
 
 
 class NetworkSection(Strict):

@@ -165,6 +165,8 @@ class Core:
         self._keeper_pidfd = os.pidfd_open(self.keeper)
         self._keeper_lock = threading.RLock()  # signal handlers kill too, in the thread that may have it
         self._standing = threading.RLock()
+        self._stop_is_due = False
+        """Whether all is to stop as soon as no directory is being moved."""
         self._freezer = Freezer(prepared.groups.path(Controller.FREEZE), self._request)
         # Not before the launcher is at work: until the walls stand there is time to load it.
         from corral.sandbox.supervision import Supervision
@@ -330,7 +332,12 @@ class Core:
         """Stops every process where it is. Execs can be started again after :meth:`thaw`."""
         self._require_running()
         with self._standing:
-            self._freezer.stop()
+            self.supervision.hold_moves(True)
+            self._stop_is_due = self.supervision.is_moving
+            if self._stop_is_due:
+                self._freezer.go_on()  # the deputy may stand still with the rest (version 2), and is to come to an end
+            else:
+                self._freezer.stop()
             self.state = State.FROZEN
 
     def _stand_still(self, still: bool) -> None:
@@ -346,6 +353,12 @@ class Core:
         """Whether all have stopped since :meth:`freeze`."""
         if self.state is not State.FROZEN:
             return False
+        if self.supervision.is_moving:
+            return False
+        if self._stop_is_due:
+            with self._standing:
+                self._stop_is_due = False
+                self._freezer.stop()
         return self._freezer.has_stopped(self.keeper, self.supervision.waiting_threads())
 
     def thaw(self) -> None:
@@ -353,7 +366,9 @@ class Core:
         if self.state is State.FROZEN:
             with self._standing:
                 self._freezer.go_on()
+                self._stop_is_due = False
                 self.state = State.RUNNING
+                self.supervision.hold_moves(False)
             self.supervision.hold_if_asked()
 
     def _require_running(self) -> None:
@@ -549,6 +564,7 @@ class Core:
         self.root_fd, self.listeners, self._doors = -1, (), ()
         self.end_reason = self.end_reason or self._killed_because or "the launcher died"
         self.supervision.close()
+        self._remove_places()
         execs, self._execs = self._execs, {}
         for number, running in execs.items():
             ended = running.failure or SandboxClosed(self.end_reason)
@@ -566,6 +582,13 @@ class Core:
         self._over = True
         for callback in self._on_end:
             callback()
+
+    def _remove_places(self) -> None:
+        """What is left of moves that its end has cut short: second names of files of trees that are whole."""
+        if self.layer_fd >= 0 and self.supervision.places:
+            from corral.sandbox.leftovers import remove_places
+
+            remove_places(self.layer_fd, self.prepared.view, self.supervision.places)
 
     def _remove_groups(self, tries: int) -> None:
         """The keeper has removed them, unless it was killed itself."""

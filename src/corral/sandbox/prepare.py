@@ -209,6 +209,7 @@ def prepare(options: Options, *, gateway: bool | None = None) -> Prepared:
             asked=policy.syscalls.ask,
             denied=policy.syscalls.deny,
             watched=bool(policy.filesystem.ask or policy.filesystem.watch),
+            moved=policy.filesystem.rename_directories,
         )
         plan.filter(table.compile())
         environment = make_environment(

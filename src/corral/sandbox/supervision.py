@@ -54,6 +54,8 @@ class Supervision:
         self._supervised: service.Supervised | None = None
         self.egress: Egress | None = None
         """The way out, where there is one."""
+        self.places: frozenset[str] = frozenset()
+        """Paths inside of what may be left of moves, once it is closed."""
         self._accounts = tuple(sink for sink in sinks if isinstance(sink, Account))
         self._glances = tuple(glances)
 
@@ -87,6 +89,7 @@ class Supervision:
             tick=self._records.flush,
             exec_rules=policy.process != Processes(),
             watched=(*policy.filesystem.ask, *policy.filesystem.watch),
+            moves=policy.filesystem.rename_directories,
             egress=self.egress,
         )
         supervisor.attach(self._supervised)
@@ -95,6 +98,16 @@ class Supervision:
         """Calls back once the supervisor has done what it does now. From any thread."""
         if self._supervised is not None:
             self._supervised.post(callback)
+
+    def hold_moves(self, held: bool) -> None:
+        """Whether no directory may be moved for a caller; one that is being moved is not, until it may be."""
+        if self._supervised is not None:
+            self._supervised.moves.hold(held)
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether one is, so that the tree changes though all inside stands still."""
+        return self._supervised is not None and self._supervised.moves.is_active
 
     def waiting_threads(self) -> frozenset[int]:
         """Threads (outside) that wait for an answer."""
@@ -112,6 +125,7 @@ class Supervision:
         """The sandbox is dead: nobody is answered any more."""
         self.approvals.close()
         if self._supervised is not None:
+            self.places = frozenset(self._supervised.moves.places)
             service.shared().detach(self._supervised)
             self._supervised = None
         if self.egress is not None:

@@ -130,10 +130,24 @@ class Deputy:
         """Makes and opens a new file; EEXIST where the name exists, whatever it is."""
         return self.request(Operation.CREATE, caller, done, (directory,), path=name, flags=flags, mode=mode)
 
-    def rename(self, caller: Caller, old: tuple[int, str], new: tuple[int, str], done: Done, *, flags: int = 0) -> int:
-        """renameat2(2); both places are a directory and a name in it."""
+    def rename(
+        self,
+        caller: Caller,
+        old: tuple[int, str],
+        new: tuple[int, str],
+        done: Done,
+        *,
+        flags: int = 0,
+        token: int = 0,
+    ) -> int:
+        """renameat2(2); both places are a directory and a name in it.
+
+        With a ``token`` that is not 0, also of a directory that the overlay refuses to rename. That takes its time,
+        and a place beside the new name which ``token`` names; :meth:`interrupt` ends it. The reply's value says what is
+        of that place (:class:`PlaceLeft`).
+        """
         fds = (old[0], new[0])
-        return self.request(Operation.RENAME, caller, done, fds, path=old[1], second=new[1], flags=flags)
+        return self.request(Operation.RENAME, caller, done, fds, path=old[1], second=new[1], flags=flags, resolve=token)
 
     def link(self, caller: Caller, file: int, directory: int, name: str, done: Done) -> int:
         """Gives the object ``file`` another name."""
@@ -288,6 +302,11 @@ class Deputy:
         else:
             self._outstanding[number] = None  # until its reply, which may have a descriptor
         self._post(0, encode(number, Operation.CANCEL, _CANCEL), ())
+
+    def interrupt(self, number: int) -> None:
+        """Request ``number`` waits no longer, where it still does. Its callback is called all the same."""
+        if number in self._outstanding and not self._lost:
+            self._post(0, encode(number, Operation.CANCEL, _CANCEL), ())
 
     def _answer_soon(self, done: Done, reply: Reply) -> int:
         """Never from within the request, whose caller may not be ready for it."""

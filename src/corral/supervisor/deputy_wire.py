@@ -40,6 +40,16 @@ class Operation(IntEnum):
     MAKE = 14
 
 
+class PlaceLeft(IntEnum):
+    """What is of the place of a move when it is over (``enum deputy_place``)."""
+
+    IS_GONE = 0
+    IS_UNKNOWN = 1
+    """It was killed; what is there are second names of files of a tree that is whole."""
+    IS_OTHERS = 2
+    """Somebody has put something of theirs there, or into the old tree, and nothing may be lost."""
+
+
 class Option(IntFlag):
     """How descriptors of a SEND are to be read (``enum deputy_option``)."""
 
@@ -64,7 +74,8 @@ class Reply:
     errno: int
     """The kernel's answer to the call, 0 for success."""
     value: int = 0
-    """Bytes sent. Of a RESOLVE that failed: whether there is an object, whose path is too long to be told."""
+    """Bytes sent. Of a RESOLVE that failed: whether there is an object, whose path is too long to be told. Of a RENAME
+    with a token: what is of its place (:class:`PlaceLeft`)."""
     fd: int = -1
     """Of a RESOLVE the object (O_PATH), of OPEN and CREATE the file. Whoever is called back closes it."""
     path: str = ""

@@ -16,7 +16,7 @@ from contextlib import suppress
 from functools import partial
 
 from corral.actions import Access, File, Kind
-from corral.supervisor import opens
+from corral.supervisor import moving, opens
 from corral.supervisor.call import Call
 from corral.supervisor.deputy_wire import Reply
 from corral.supervisor.places import NOT_MOVED, NOT_REMOVED, Entry, Place, Work, find, find_descriptor, find_entry
@@ -48,6 +48,9 @@ def _renameat2(call: Call) -> None:
 
 
 def _move(call: Call, old: tuple[int, int], new: tuple[int, int], flags: int) -> None:
+    if not call.sandbox.watch:
+        moving.begin(call, old, new, flags)
+        return
     if flags & ~_RENAME_KNOWN:
         raise _error(errors.EINVAL)
     old_path, new_path = (call.read_text(call.arguments[argument]) for _, argument in (old, new))
@@ -56,7 +59,7 @@ def _move(call: Call, old: tuple[int, int], new: tuple[int, int], flags: int) ->
     def from_entry(source: Entry) -> None:
         def to_entry(target: Entry) -> None:
             _check_slashes(source, target)
-            effect = partial(_do_move, work, source, target, flags)
+            effect = partial(call.sandbox.moves.rename, work, source, target, flags, work.finish)
             watch = call.sandbox.watch
             moves = [watch.move(source.path, target.path)]
             if flags & _RENAME_EXCHANGE:
@@ -76,12 +79,6 @@ def _check_slashes(source: Entry, target: Entry) -> None:
         status = os.stat(source.name, dir_fd=source.directory, follow_symlinks=False)
         if not stat.S_ISDIR(status.st_mode):
             raise _error(errors.ENOTDIR)
-
-
-def _do_move(work: Work, source: Entry, target: Entry, flags: int) -> None:
-    deputy = work.call.sandbox.deputy
-    old, new = (source.directory, source.name), (target.directory, target.name)
-    work.ask(partial(deputy.rename, work.caller, old, new, flags=flags), work.finish)
 
 
 # ---- unlink ----
@@ -309,6 +306,7 @@ def _fchmod(call: Call) -> None:
 
 
 HANDLERS: dict[str, Callable[[Call], None]] = {
+    **moving.HANDLERS,
     **opens.HANDLERS,
     "rename": _rename,
     "renameat": _renameat,

@@ -46,6 +46,7 @@ from corral.supervisor.bpf import JUMP_EQ, JUMP_GE, LOAD, OFFSET_ARCH, OFFSET_NU
 from corral.supervisor.syscalls import (
     COMMON_NUMBERS,
     DECIDED,
+    MOVED_DIRECTORIES,
     OWN_NUMBERS,
     REFUSALS,
     WATCHED_FILES,
@@ -146,6 +147,10 @@ class Table:
                 return row
         raise AssertionError("the last row of every call has no conditions")
 
+    def number(self, name: str) -> int | None:
+        """That of a named call, where this architecture has it."""
+        return self._numbers.get(name)
+
     def is_constant(self, number: int) -> bool:
         """Whether :meth:`find` has the same row for this call whatever its arguments."""
         checks = self._checks.get(number)
@@ -180,12 +185,13 @@ def find_table(
     asked: tuple[str, ...] = (),
     denied: tuple[str, ...] = (),
     watched: bool = False,
+    moved: bool = True,
 ) -> Table:
     """The table for ``architecture`` (a name as in ``os.uname().machine``), or for this machine.
 
     ``also`` are refusals beside :data:`REFUSALS`. ``asked`` and ``denied`` are the names of a policy's ``syscalls.ask``
     and ``syscalls.deny``; what the table refuses it refuses all the same. ``watched`` says that the policy asks for
-    files or watches them.
+    files or watches them, ``moved`` that directories are renamed which the overlay refuses to rename.
 
     Raises :class:`RequestError` if a policy's name is not a system call's, or asks for one that is decided by more
     than its name; :class:`WallError` if the architecture is not supported, libseccomp is missing, or it lacks a name.
@@ -194,7 +200,9 @@ def find_table(
     refusals = (*REFUSALS, *also, *(WATCHED_FILES_REFUSALS if watched else ()))
     decisions: tuple[Decided, ...] = (*DECIDED, *(WATCHED_FILES if watched else ()))
     deciding = {row.name for row in decisions}
-    numbers = resolve(target, {row.name for row in refusals} | deciding | allowed_names())
+    if moved and not watched:
+        decisions += MOVED_DIRECTORIES
+    numbers = resolve(target, {row.name for row in refusals} | {row.name for row in decisions} | allowed_names())
     _check_policy(target, asked, denied, deciding)
     # Only what is free can be asked for: all else that is not in the table stays refused.
     rows = [

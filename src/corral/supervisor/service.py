@@ -22,13 +22,14 @@ from corral.actions import KernelCall, Kind, Socket, Verdict
 from corral.guarded import Guarded
 from corral.monitor.core import Monitor
 from corral.reactor import Loop
-from corral.supervisor import listener
+from corral.supervisor import listener, moving
 from corral.supervisor.budget import Budget, raise_limit
 from corral.supervisor.call import Call
 from corral.supervisor.digests import Digests
 from corral.supervisor.filter import Class, Row, Table
 from corral.supervisor.handlers import HANDLERS
 from corral.supervisor.listener import Notification
+from corral.supervisor.moving import UNDECIDED, Moves, restrict_self
 from corral.supervisor.processes import Processes
 from corral.supervisor.stalls import Watchdog
 from corral.supervisor.tree import Tree
@@ -70,6 +71,7 @@ class Supervised:
         tick: Callable[[], None] = lambda: None,
         exec_rules: bool = False,
         watched: tuple[str, ...] = (),
+        moves: bool = True,
         egress: Egress | None = None,
     ) -> None:
         """Takes the three descriptors over."""
@@ -80,6 +82,8 @@ class Supervised:
         """Whether the policy has rules about programs that could refuse one."""
         self.watch = Watch(watched)
         """Names of files that are decided on."""
+        self.moves = Moves(self, off=not moves)
+        self._renames = {} if self.watch else moving.short_ways(table)
         self.egress = egress
         """The way out, where there is one."""
         self._deputy_fd = deputy_fd
@@ -188,7 +192,12 @@ class Supervised:
             return
         try:
             notification = listener.receive(self.listener)
-            if notification is not None and not self._repeats(notification):
+            if notification is None:
+                return
+            rename = self._renames.get(notification.number)
+            if rename is not None and moving.goes_on(self, notification, rename):
+                return
+            if not self._repeats(notification):
                 self._serve(notification)
         except Exception as error:
             self.end(f"its supervisor lost the listener ({type(error).__name__})")
@@ -215,7 +224,10 @@ class Supervised:
         self.open[call.id] = call
         try:
             if self.held and row.kind is Class.DECIDED and not self._budget.admits(self.held, row.name):
-                call.refuse(errors.ENFILE, _TOO_MANY)
+                if row.name in UNDECIDED and not self.watch:
+                    call.proceed()
+                else:
+                    call.refuse(errors.ENFILE, _TOO_MANY)
                 return
             self._handle(call, row)
             if row.kind is Class.DECIDED and not call.answered:
@@ -257,7 +269,8 @@ class Supervised:
             return
         subject = KernelCall(row.name, row.errno, row.reason, row.quiet)
         if row.kind is Class.ASKED:
-            call.decide(Kind.KERNEL, subject, call.proceed, refused=row.errno)
+            proceed = partial(restrict_self, call) if row.name in moving.HANDLERS else call.proceed
+            call.decide(Kind.KERNEL, subject, proceed, refused=row.errno)
             return
         if row.name in _SOCKETS and not row.quiet:
             wanted = Socket(call.low(0), call.low(1), call.low(2))

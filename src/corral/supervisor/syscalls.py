@@ -364,6 +364,14 @@ DECIDED: tuple[Decided, ...] = (
     Decided("setsid", "leaves the session by which the supervisor knows whose process this is", errno=EPERM),
 )
 
+# Added where a policy neither asks for files nor watches them: an overlay refuses to rename a directory that it has
+# from below, and then it is moved (corral.supervisor.moving). Nothing is decided, so a policy may ask for these calls
+# by name; then the kernel makes them.
+MOVED_DIRECTORIES: tuple[Decided, ...] = (
+    *decided("rename renameat renameat2", "whether it is a directory, which the overlay may refuse, lies in memory"),
+    *decided("landlock_restrict_self", "whose rules would not hold for what is moved for the caller"),
+)
+
 # Added where a policy asks for files or watches them: whatever can open, change or replace one by its name, and what
 # would change it without.
 #

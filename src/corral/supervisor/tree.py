@@ -8,7 +8,7 @@ import re
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
-from corral.openat2 import Resolve, openat2
+from corral.openat2 import Resolve, look_for_directory, openat2
 
 if TYPE_CHECKING:
     from corral.supervisor.call import Call
@@ -21,6 +21,7 @@ _MAX_MISSING = 4
 _MAX_LINKS = 40
 """As the kernel's MAXSYMLINKS."""
 _WITHIN = Resolve.IN_ROOT | Resolve.NO_MAGICLINKS
+_PLAINLY = Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS
 _OWN = re.compile(rb"/proc/(\d+)(?:/task/\d+)?/(exe|cwd|root|fd/\d+)\Z")
 
 
@@ -54,6 +55,25 @@ class Tree:
             if error.errno not in (errors.ENOENT, errors.ELOOP) or (error.errno == errors.ENOENT and self._lacks(path)):
                 raise
         return _Walk(self._root, call).find(path, follow=follow)
+
+    def may_be_directory(self, tid: int, path: bytes) -> bool:
+        """Whether ``path``, absolute or from the working directory of ``tid``, may be a directory's, and no link's; for
+        those who ask often. Raises OSError."""
+        if path.startswith(b"/"):
+            errno = look_for_directory(self._root, path, _WITHIN)
+        else:
+            start = os.open(f"/proc/{tid}/cwd", os.O_PATH | os.O_CLOEXEC)
+            errno = look_for_directory(start, path, _PLAINLY)
+            os.close(start)
+        return errno in (0, errors.ELOOP)
+
+    def has_directory(self, call: Call, directory: int, path: bytes) -> bool:
+        """Whether the caller's ``path`` is a directory's, and no link's. Raises OSError."""
+        fd = self.find(call, directory, path, follow=False)
+        try:
+            return stat.S_ISDIR(os.fstat(fd).st_mode)
+        finally:
+            os.close(fd)
 
     def _open(self, path: bytes, *, follow: bool) -> int:
         return openat2(self._root, path, os.O_PATH | (0 if follow else os.O_NOFOLLOW), _WITHIN, patient=False)

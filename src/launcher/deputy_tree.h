@@ -1,0 +1,34 @@
+/* What walking through a tree needs that others change meanwhile: its directories, and a set of files. */
+#ifndef CORRAL_DEPUTY_TREE_H
+#define CORRAL_DEPUTY_TREE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/stat.h>
+
+struct identity {
+    uint64_t device, inode; /* inode 0: a free place */
+};
+
+/* A set, by open addressing; never more than half full. */
+struct set {
+    struct identity *places;
+    size_t size, used;
+};
+
+bool same_file(const struct stat *a, const struct stat *b);
+bool set_has(const struct set *set, const struct stat *stat);
+
+/* 0, or -1 with errno. Whoever has the set frees its places. */
+int set_add(struct set *set, const struct stat *stat);
+
+/* A directory in another, on the same mount, itself and no link to it. -1 with errno. */
+int open_below(int at, const char *name);
+
+/* All names in a directory, each ended by NUL, the last by two: what is done to it while it is read may change what is
+ * read. To be freed. NULL with errno. */
+char *list_names(int directory);
+const char *next_name(const char *name);
+
+#endif
