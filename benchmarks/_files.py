@@ -6,12 +6,15 @@ import asyncio
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
-from _common import Row, p95
+from _common import Row, clock, compare, in_turns, p95
 
 from corral import Sandbox
+from corral.policy.model import Filesystem, Policy
 from corral.sandbox.apply.proposing import propose
 from corral.sandbox.apply.undo import undo
 from corral.sandbox.layer import KeptLayer, list_layers
@@ -20,6 +23,9 @@ QUIET, LIVE, FROZEN, RESTORE = 3.0, 20.0, 10.0, 10.0
 """Milliseconds, at most."""
 FORK, MANY = 1.2, 1.5
 """Times a plain create; seconds for a hundred."""
+OVERLAY = 1.05
+"""Times outside."""
+_KEEPS = Policy(filesystem=Filesystem(restore_keeps=("/usr/bin/sleep",)))
 
 
 def _row(figure: str, samples: list[float], bar: float | None = None, note: str = "") -> Row:
@@ -57,10 +63,7 @@ async def snapshot_figure(workspace: Path, quick: bool) -> list[Row]:
     """A snapshot of a sandbox in which nothing runs: of an unchanged one, and by what it has written."""
     _private_state(workspace)
     rows, count = [], 5 if quick else 20
-    for index in range(100):
-        (workspace / f"d{index}").mkdir()
-        for number in range(20 if quick else 1000):
-            (workspace / f"d{index}" / f"{number}.txt").write_text("x")
+    _fill(workspace, 2_000 if quick else 100_000)
     tree = f"{100 * (20 if quick else 1000)} files in the workspace"
     async with Sandbox(workspace) as box:
         rows.append(_row("snapshot, nothing written", await _snapshots(box, count), QUIET, tree))
@@ -78,14 +81,94 @@ async def snapshot_figure(workspace: Path, quick: bool) -> list[Row]:
         await box.freeze()
         rows.append(_row("standing still", [time.perf_counter() - began], FROZEN))
         await box.thaw()
+    return [*rows, *_copies(workspace)]
+
+
+def _copies(workspace: Path) -> list[Row]:
+    """What others do to keep a state of it."""
+    rows = []
+    for figure, words in (
+        ("cp -a of the workspace", ("cp", "-a")),
+        ("cp -a --reflink=always", ("cp", "-a", "--reflink=always")),
+    ):
+        samples, problem = [], ""
+        for _ in range(3):
+            began = time.perf_counter()
+            copy = subprocess.run([*words, workspace, workspace.parent / "copy"], capture_output=True, text=True)
+            samples.append(time.perf_counter() - began)
+            if copy.returncode:
+                problem = copy.stderr.splitlines()[-1].rpartition(": ")[2]
+            shutil.rmtree(workspace.parent / "copy", ignore_errors=True)
+        rows.append(
+            Row(figure, note=f"not here: {problem}") if problem else _row(figure, samples, note="for comparison")
+        )
+    if shutil.which("git") is None:
+        return [*rows, Row("git stash create", note="not here: git is not installed")]
+    _make_repository(workspace)
     samples = []
-    for _ in range(3):
+    for number in range(3):
+        (workspace / "d0" / "0.txt").write_text(str(number))
         began = time.perf_counter()
-        copy = await asyncio.create_subprocess_exec("cp", "-a", workspace, workspace.parent / "copy")
-        assert await copy.wait() == 0
+        subprocess.run(["git", "stash", "create", "-q"], cwd=workspace, check=True, stdout=subprocess.DEVNULL, env=_GIT)
         samples.append(time.perf_counter() - began)
-        shutil.rmtree(workspace.parent / "copy")
-    rows.append(_row("cp -a of the workspace", samples, note="for comparison"))
+    return [*rows, _row("git stash create, 1 file changed", samples, note="for comparison; tracked files only")]
+
+
+_GIT = {
+    "PATH": os.environ.get("PATH", os.defpath),
+    "HOME": "/nonexistent",
+    **{f"GIT_{who}_{what}": "bench@corral.example" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
+}
+
+
+def _make_repository(workspace: Path) -> None:
+    for words in (("init", "-q"), ("add", "-A"), ("commit", "-q", "-m", "begin")):
+        subprocess.run(["git", *words], cwd=workspace, check=True, env=_GIT)
+
+
+def _fill(workspace: Path, files: int) -> None:
+    for index in range(100):
+        (workspace / f"d{index}").mkdir()
+        for number in range(files // 100):
+            (workspace / f"d{index}" / f"{number}.txt").write_text("x")
+
+
+_RENAME = "import os, sys, time; t = time.perf_counter(); os.rename(*sys.argv[1:]); print(time.perf_counter() - t)"
+
+
+async def overlay_figure(workspace: Path, quick: bool) -> list[Row]:
+    """What lies over the workspace costs git, and to rename a directory that was there before."""
+    files = 2_000 if quick else 100_000
+    _fill(workspace, files)
+    rows = []
+    if shutil.which("git") is None:
+        return [Row("git status", note="not here: git is not installed")]
+    _make_repository(workspace)
+    status = ["git", "status", "--porcelain"]
+    async with Sandbox(workspace) as box:
+
+        async def inside() -> float:
+            began = time.perf_counter()
+            assert (await box.exec(status)).check().stdout == b""
+            return time.perf_counter() - began
+
+        outside = clock(lambda: subprocess.run(status, cwd=workspace, check=True, env=_GIT))
+        samples = await in_turns({"inside": inside, "outside": outside}, 5 if quick else 15)
+        rows.append(
+            compare(
+                f"git status of {files} files", samples["inside"], "outside", samples["outside"], bar=OVERLAY,
+                note="once its index knows the inode numbers",
+            )
+        )  # fmt: skip
+        moved, plain = [], []
+        for index in range(5 if quick else 20):
+            words = ["python3", "-c", _RENAME, f"d{40 + index}", f"m{index}"]
+            moved.append(float((await box.exec(words)).check().text))
+            words[0], words[-2] = sys.executable, f"d{70 + index}"
+            plain.append(float(subprocess.run(words, cwd=workspace, check=True, capture_output=True).stdout))
+        rows.append(
+            compare(f"rename of a directory of {files // 100} files", moved, "outside", plain, note="once for each")
+        )
     return rows
 
 
@@ -101,8 +184,17 @@ async def restore_figure(workspace: Path, quick: bool) -> list[Row]:
             began = time.perf_counter()
             await box.restore(layer)
             samples.append(time.perf_counter() - began)
+    in_place = []
+    async with Sandbox(workspace, policy=_KEEPS) as box:
+        layer = await box.snapshot()
+        for _ in range(3 if quick else 10):
+            await box.exec(["sh", "-c", "echo more >>begin"])
+            began = time.perf_counter()
+            await box.restore(layer)
+            in_place.append(time.perf_counter() - began)
     _drop()
-    return [_row("restore", samples, RESTORE)]
+    note = "programs that policy names go on; a helper process is started"
+    return [_row("restore", samples, RESTORE), _row("restore in place, 1 file", in_place, note=note)]
 
 
 async def _life(workspace: Path, on: KeptLayer | None) -> float:

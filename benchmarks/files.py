@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from _files import apply_figure, fork_figure, restore_figure, snapshot_figure
+from _files import apply_figure, fork_figure, overlay_figure, restore_figure, snapshot_figure
 from _program import Figure, run
 
 FIGURES = {
@@ -20,6 +20,7 @@ FIGURES = {
     "restore": Figure(restore_figure),
     "fork": Figure(fork_figure),
     "apply": Figure(apply_figure),
+    "overlay": Figure(overlay_figure),
 }
 
 if __name__ == "__main__":

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 
 from corral.errors import CorralError, RequestError, SandboxClosed
+from corral.log.events import FilesSet, SnapshotTaken
+from corral.log.places import open_log
 from corral.policy.load import parse_policy
 from corral.sandbox.apply.proposing import propose
 from corral.sandbox.apply.undo import undo
@@ -21,6 +25,7 @@ from corral.sandbox.sync import SyncSandbox
 from tests.contain.applies import look
 from tests.contain.command_line import CommandLine, adopting_orphans
 from tests.contain.conftest import MakeBox
+from tests.contain.logs import Disk, events, verified
 from tests.contain.test_apply import DO, OPERATIONS, PYTHON, in_short
 
 pytestmark = pytest.mark.usefixtures("state")
@@ -97,13 +102,13 @@ def test_what_was_not_changed_again_is_shared_on_disk(workspace: Path) -> None:
 async def test_forks_do_not_see_one_another(make_box: MakeBox, state: Path) -> None:
     box = await make_box()
     assert (await box.exec(["sh", "-c", "echo shared >shared; mkdir dir; echo 0 >dir/n"])).exit_code == 0
-    forks = await box.fork(20)
+    forks = await box.fork(100)
     try:
         script = "cat shared dir/n; echo $0 >dir/n; echo $0 >own-$0; rm shared; sleep 0.2; ls; cat dir/n"
         found = await asyncio.gather(*(fork.exec(["sh", "-c", script, str(n)]) for n, fork in enumerate(forks)))
         for number, result in enumerate(found):
             assert result.text == f"shared\n0\ndir\nfile.txt\nown-{number}\n{number}\n"
-        assert len({fork.id for fork in (*forks, box)}) == 21
+        assert len({fork.id for fork in (*forks, box)}) == 101
         assert (await box.exec(["sh", "-c", "ls; cat dir/n"])).text == "dir\nfile.txt\nshared\n0\n"
         assert list_layers() == []
         assert partials(state) != []  # they still read it
@@ -453,6 +458,48 @@ async def test_going_back_half_way_is_the_end(make_box: MakeBox, monkeypatch: py
     with pytest.raises(CorralError):
         await box.restore(begin)
     assert (await asyncio.wait_for(box.wait_ended(), 10)).startswith("its files could not be set back: ")
+
+
+async def test_states_are_recorded(make_box: MakeBox, tmp_path: Path) -> None:
+    """Going back before it happens."""
+    log = open_log(tmp_path / "log")
+    try:
+        box = await make_box(policy=KEEPS, log=log)
+        first = await box.snapshot("first")
+        await box.exec(["sh", "-c", "echo 12345 >new"])
+        second = await box.snapshot()
+        await box.restore(first)
+        third = await box.snapshot()
+        fork = await make_box(log=log, on=second)
+        await fork.close()
+        await box.close()
+    finally:
+        log.close()
+    assert verified(tmp_path / "log")
+    assert events(tmp_path / "log", SnapshotTaken) == [
+        SnapshotTaken(first.id, "first", "", None, 0, 0),
+        SnapshotTaken(second.id, "", first.id, None, 1, 6),
+        SnapshotTaken(third.id, "", first.id, None, 0, 0),
+    ]
+    assert events(tmp_path / "log", FilesSet) == [FilesSet(first.id), FilesSet(second.id)]
+
+
+async def test_what_cannot_be_recorded_is_not_set_back(
+    make_box: MakeBox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = open_log(tmp_path / "log")
+    try:
+        box = await make_box(policy=KEEPS, log=log)
+        first = await box.snapshot()
+        await box.exec(["sh", "-c", "echo >new"])
+        Disk(monkeypatch).error = errno.EIO
+        with pytest.raises(SandboxClosed, match="recorded"):
+            await box.restore(first)
+        assert await asyncio.wait_for(box.wait_ended(), 10)
+        assert [change.path for change in await box.changes()] != []
+    finally:
+        with suppress(CorralError):
+            log.close()
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))

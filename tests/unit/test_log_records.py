@@ -48,6 +48,7 @@ from corral.log.events import (
     Event,
     ExecEnded,
     ExecStarted,
+    FilesSet,
     KeyRotated,
     LogRecovered,
     Outcome,
@@ -57,6 +58,7 @@ from corral.log.events import (
     PolicyChanged,
     SessionEnded,
     SessionStarted,
+    SnapshotTaken,
 )
 from corral.log.ocsf import PROFILES, VERSION, Context
 from corral.log.records import _who, decode, encode, summary
@@ -127,6 +129,8 @@ LIFE = (
     | st.builds(SessionEnded, HOSTILE)
     | st.builds(ExecStarted, NUMBERS, st.lists(HOSTILE, max_size=4).map(tuple), HOSTILE, NUMBERS)
     | st.builds(ExecEnded, NUMBERS, NUMBERS, HOSTILE, NUMBERS, NUMBERS, NUMBERS, NUMBERS)
+    | st.builds(SnapshotTaken, HOSTILE, HOSTILE, HOSTILE, st.none() | NUMBERS, NUMBERS, NUMBERS)
+    | st.builds(FilesSet, HOSTILE)
     | st.builds(ApplyEnded, HOSTILE, HOSTILE, HOSTILE, HOSTILE, st.sampled_from(Outcome), HOSTILE)
     | st.builds(LogRecovered, HOSTILE)
     | st.builds(KeyRotated, HOSTILE, HOSTILE)
@@ -212,6 +216,8 @@ def kinds_of_events() -> Iterator[Event]:
     yield ExecEnded(1, 256, "", 1, 2, 3, 4)
     yield from (ApplyEnded("a", "b", "sha256:0", "/work", outcome, "") for outcome in Outcome)
     yield ApplyEnded("", "b", "sha256:0", "/work", Outcome.ROLLED_BACK, "it was changed")
+    yield from (SnapshotTaken("a", "name", "b", step, 3, 4096) for step in (None, 0, 7))
+    yield FilesSet("a")
     yield LogRecovered("12 bytes were cut off")
     yield KeyRotated("a", "b")
     yield PayloadKept(origin, Content.TERMINAL, "hmac-sha256:ab", 12, False, "ls -l", 1_800_000_000, False)

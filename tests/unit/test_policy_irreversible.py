@@ -78,7 +78,7 @@ def test_every_kind_says_whether_it_can_be_taken_back() -> None:
         (Kind.FILE_OPEN, File("/a", Access.WRITE), Reversible.UNTIL_APPLIED),
         (Kind.NET_CONNECT, Endpoint(Transport.TCP, "192.0.2.1", 22), Reversible.YES),
         (Kind.MODEL_CALL, ModelCall("m"), Reversible.YES),
-        (Kind.SANDBOX_APPLY, Kind.SANDBOX_UNDO, Verb(()), Reversible.NO),
+        (Kind.SANDBOX_APPLY, Verb(()), Reversible.NO),
         (Kind.DATA_QUERY, Query("w", "SELECT", ("t",)), Reversible.YES),
         (Kind.DATA_QUERY, Query("w", "insert", ("t",)), Reversible.NO),
         (Kind.DATA_QUERY, Query("w", "", ()), Reversible.NO),

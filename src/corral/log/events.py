@@ -54,6 +54,29 @@ class ExecEnded:
     """How much its processes were refused."""
 
 
+@dataclass(frozen=True, slots=True)
+class SnapshotTaken:
+    """The files of the sandbox are kept as they are at this moment."""
+
+    layer: str
+    name: str
+    parent: str
+    """The layer that its session was begun on or set back to, or the snapshot before it; empty where there is none."""
+    step: int | None
+    """The step after which it was taken by itself; 0 is the start."""
+    changes: int
+    size: int
+    """Bytes of content."""
+
+
+@dataclass(frozen=True, slots=True)
+class FilesSet:
+    """The files of the sandbox are those of a layer: it begins with them, or is about to be set back to them. Then all
+    in it is killed but what policy names."""
+
+    layer: str
+
+
 class Outcome(Enum):
     """What came of an apply, or of taking one back."""
 
@@ -183,6 +206,8 @@ Event = (
     | SessionEnded
     | ExecStarted
     | ExecEnded
+    | SnapshotTaken
+    | FilesSet
     | ApplyEnded
     | Approval
     | PolicyChanged
@@ -200,6 +225,8 @@ WORDS: dict[str, type[Event]] = {
     "session.ended": SessionEnded,
     "exec.started": ExecStarted,
     "exec.ended": ExecEnded,
+    "snapshot.taken": SnapshotTaken,
+    "files.set": FilesSet,
     "apply.ended": ApplyEnded,
     "approval": Approval,
     "policy.changed": PolicyChanged,

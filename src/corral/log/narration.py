@@ -16,6 +16,7 @@ from corral.log.events import (
     Event,
     ExecEnded,
     ExecStarted,
+    FilesSet,
     KeyRotated,
     LogRecovered,
     Outcome,
@@ -25,6 +26,7 @@ from corral.log.events import (
     PolicyChanged,
     SessionEnded,
     SessionStarted,
+    SnapshotTaken,
 )
 from corral.log.items import Item, ItemKind, make_item
 from corral.log.records import Record
@@ -88,6 +90,13 @@ def _told(event: Event) -> tuple[ItemKind, str, _Details]:
             return ItemKind.TOOL_CALL, f"exec {event.exec}: {_command(event.argv)}", _exec_details(event)
         case ExecEnded():
             return ItemKind.TOOL_CALL, f"exec {event.exec} {_ending(event)}", _usage(event)
+        case SnapshotTaken():
+            after = "" if event.step is None else f" after step {event.step}"
+            called = f" {event.name}" if event.name else ""
+            line = f"snapshot {event.layer}{called}{after}: {event.changes} changes, {event.size} bytes"
+            return ItemKind.FILE_CHANGE, line, iter([("parent", event.parent)])
+        case FilesSet():
+            return ItemKind.FILE_CHANGE, f"the files are those of {event.layer}", iter(())
         case ApplyEnded():
             line = f"{_APPLIED[event.outcome]}{f': {event.error}' if event.error else ''}"
             names = ("apply", "source", "workspace", "digest")

@@ -17,11 +17,13 @@ from corral.log.events import (
     Event,
     ExecEnded,
     ExecStarted,
+    FilesSet,
     Outcome,
     PayloadKept,
     PolicyChanged,
     SessionEnded,
     SessionStarted,
+    SnapshotTaken,
 )
 from corral.monitor.plain import Bounds
 
@@ -270,6 +272,9 @@ def _life(event: Event, plain: Fields, context: Context, bounds: Bounds) -> Fiel
         fields = {"class_uid": LIFECYCLE, "activity_id": _OTHER, "severity_id": 2 if failed else 1}
         fields |= {"app": {"name": context.agent, "version": context.agent_version}, "status_id": 2 if failed else 1}
         return {**fields, "status_detail": plain["error"]} if plain["error"] else fields
+    if isinstance(event, SnapshotTaken | FilesSet):
+        app = {"name": context.agent, "version": context.agent_version}
+        return {"class_uid": LIFECYCLE, "activity_id": _OTHER, "severity_id": 1, "app": app}
     if isinstance(event, SessionStarted | SessionEnded):
         app = {"name": context.agent, "version": context.agent_version}
         activity = 3 if isinstance(event, SessionStarted) else 4

@@ -95,7 +95,8 @@ class _Running:
 
 
 class Chronicle(Protocol):
-    """Is told of the life of a sandbox: of each command before it starts, and of ends when they have come.
+    """Is told of the life of a sandbox: of each command before it starts, of going back before it happens, and of
+    snapshots and ends when they have come.
 
     Each raises where it cannot be recorded; the sandbox then ends (I3).
     """
@@ -103,6 +104,10 @@ class Chronicle(Protocol):
     def exec_started(self, number: int, argv: Sequence[str], directory: str, user: int) -> None: ...
 
     def exec_ended(self, number: int, result: Exit) -> None: ...
+
+    def snapshot_taken(self, layer: KeptLayer) -> None: ...
+
+    def restoring(self, layer: KeptLayer) -> None: ...
 
     def ended(self, reason: str) -> None: ...
 
@@ -410,6 +415,14 @@ class Core:
         when = self.prepared.options.policy.filesystem.snapshot
         return when is SnapshotWhen.STEP and self.state in (State.RUNNING, State.FROZEN)
 
+    def tell_snapshot(self, layer: KeptLayer) -> bool:
+        """Whether it is recorded that there is one; if it cannot be, this is the end."""
+        return self._tell(lambda chronicle: chronicle.snapshot_taken(layer))
+
+    def tell_restoring(self, layer: KeptLayer) -> bool:
+        """Whether it is recorded that its files are about to be set back; if it cannot be, this is the end."""
+        return self._tell(lambda chronicle: chronicle.restoring(layer))
+
     def end_others(self, to: KeptLayer | None) -> bool:
         """Kills what must not see its files go back to a layer, while all stands still, and notes it for whoever waits
         for commands. Whether any of it is left."""
@@ -500,6 +513,10 @@ class Core:
 
     def _exec_ended(self, number: int, running: _Running, result: Exit) -> None:
         self._tell(lambda chronicle: chronicle.exec_ended(number, result))
+        # Not while its files go back: whoever hears of the end may end the sandbox.
+        self.when_moving(lambda: self._exec_told(number, running, result))
+
+    def _exec_told(self, number: int, running: _Running, result: Exit) -> None:
         if running.restored:
             result = replace(result, restored=running.restored)
         if self._keeps_steps and running.failure is None:

@@ -66,11 +66,18 @@ class Freezer:
             if self._unconfirmed:
                 return False  # they may still stand still from the last time
             first = children(keeper)
-            return bool(first) and all(
+            if not first:
+                return False
+            all_stopped = all(
                 tid in waiting or _has_stopped(pid, tid)
                 for pid in (pid for each in first for pid in descendants(each))
                 for tid in _threads(pid)
             )
+            if not all_stopped:
+                # On its way still; or it goes on again, as the kernel lets a stopped group whose last parent ends
+                # meanwhile (setpgid(2), "orphaned process group").
+                self.stop()
+            return all_stopped
         try:
             with open(f"{self._group}/cgroup.events", encoding="ascii") as file:
                 if "frozen 1" in file.read():

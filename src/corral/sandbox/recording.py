@@ -8,7 +8,7 @@ from functools import partial
 
 from corral.actions import Origin
 from corral.log.asciicast import Tape
-from corral.log.events import ExecEnded, ExecStarted, SessionEnded, SessionStarted
+from corral.log.events import ExecEnded, ExecStarted, FilesSet, SessionEnded, SessionStarted, SnapshotTaken
 from corral.log.ocsf import Context
 from corral.log.places import open_payloads
 from corral.log.policies import note_policy
@@ -19,7 +19,7 @@ from corral.policy.canonical import canonical_form, policy_hash
 from corral.reactor import Reactor
 from corral.sandbox.contents import Contents
 from corral.sandbox.core import Core, Exit
-from corral.sandbox.layer import live_patch
+from corral.sandbox.layer import KeptLayer, live_patch
 from corral.sandbox.peers import Peer
 from corral.sandbox.prepare import Prepared
 from corral.version import VERSION
@@ -72,6 +72,8 @@ class Recorder:
         """The sink for the monitor."""
         form = canonical_form(policy)
         self.session.record(SessionStarted(prepared.directory, options.label, form.decode()))
+        if prepared.base is not None:
+            self.session.record(FilesSet(prepared.base.layer.id))
         by = str(Peer(os.getpid(), os.geteuid()))
         note_policy(log, policy.agent.name, form, by, self.session.record)
         if payloads is not None:
@@ -93,6 +95,12 @@ class Recorder:
                 sum(denial.count for denial in result.denials) + result.denials_dropped,
             )
         )
+
+    def snapshot_taken(self, layer: KeptLayer) -> None:
+        self.session.record(SnapshotTaken(layer.id, layer.name, layer.parent, layer.step, layer.count, layer.size))
+
+    def restoring(self, layer: KeptLayer) -> None:
+        self.session.record(FilesSet(layer.id))
 
     def tape(self, number: int, argv: Sequence[str], size: tuple[int, int] | None) -> Tape | None:
         return None if self.contents is None else self.contents.tape(number, " ".join(argv)[:MAX_TITLE], size)

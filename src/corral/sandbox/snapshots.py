@@ -93,6 +93,8 @@ class Snapshots:
 
         taking.was_frozen = core.state is State.FROZEN
         try:
+            if taking.to is not None and not core.tell_restoring(taking.to):
+                raise SandboxClosed("it cannot be recorded")
             if not taking.was_frozen:
                 core.freeze()
         except CorralError as error:
@@ -168,6 +170,8 @@ class Snapshots:
                 self._core.notices.restored(result.id, result.name)
         elif isinstance(result, KeptLayer):
             why = self._why_not()
+            if not why and not self._core.tell_snapshot(result):
+                why = "it cannot be recorded"
             if why:
                 try:
                     result.discard()
