@@ -196,6 +196,22 @@ def test_what_goes_while_it_is_counted_goes_later(layers: Path, monkeypatch: pyt
     assert counted() >= du(layers / "caaaaaaa")
 
 
+def test_what_a_log_has_beside_it_and_what_is_no_layer_is_measured(layers: Path) -> None:
+    state = layers.parent
+    (state / "log").mkdir()
+    (state / "log" / "checkpoint").write_bytes(b"x" * BLOCK)
+    (state / "log.key").write_bytes(b"x" * BLOCK)
+    (state / "log.index").symlink_to("/nowhere")
+    assert area.log_files() == area.Taken(3, du(state / "log", state / "log.key", state / "log.index"))
+    (layers / "strangea").write_bytes(b"x" * BLOCK)
+    place = Path(journal.store())
+    (place / "strangea").write_bytes(b"x" * BLOCK)
+    (place / "strangeb").mkdir()
+    assert (counted(), area.undo_copies()) == (BLOCK, area.Taken(2, du(place / "strangea", place / "strangeb")))
+    assert journal.journals() == []
+    assert collect(older_than=0, undo=True).before == BLOCK
+
+
 # ---- what never goes ----
 
 

@@ -209,6 +209,10 @@ def _entries(layers: int, name: str) -> list[_Entry]:
         root = os.open(name, OPEN_DIRECTORY, dir_fd=layers)
     except FileNotFoundError:
         return []
+    except NotADirectoryError:  # a file, as lies beside a log, or a link
+        with suppress(FileNotFoundError):
+            return [_entry(os.stat(name, dir_fd=layers, follow_symlinks=False))]
+        return []
     try:
         return _look(root)
     except Unreadable:  # an ordinary user's, with directories that are closed to himself

@@ -207,7 +207,7 @@ def journals() -> list[Journal]:
     """All that are done, oldest first; those that cannot be understood are left out."""
     found = []
     for identifier in ids():
-        with suppress(CorralError):
+        with suppress(CorralError, FileNotFoundError, NotADirectoryError):  # or somebody has just forgotten it
             directory = os.open(os.path.join(store(), identifier), OPEN_DIRECTORY)
             try:
                 found.append(read(directory, identifier))
