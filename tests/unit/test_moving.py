@@ -209,3 +209,20 @@ def test_what_is_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob(".corral-move-*")}
     assert left == {"layer/workspace/in/.corral-move-2", "outside/.corral-move-3"}
     assert (tmp_path / "layer/workspace/a").is_dir()
+
+
+def test_what_others_have_put_there_and_has_no_other_name_stays(tmp_path: Path) -> None:
+    for number, name, content in ((1, "file", "x"), (2, "kept-0", "x"), (3, "file", "linked"), (4, "file", "")):
+        place = tmp_path / "layer/workspace" / f".corral-move-{number}"
+        (place / "tree").mkdir(parents=True)
+        (place / "tree" / "x").write_text("x")
+        (place / name).write_text(content)
+        if content == "linked":
+            (tmp_path / "layer/workspace/moved").hardlink_to(place / name)
+    layer = os.open(tmp_path / "layer", os.O_RDONLY | os.O_DIRECTORY)
+    view = View((Changeable("workspace", "/w", ("/w",)),), frozenset(), ())
+    remove_places(layer, view, [f"/w/.corral-move-{number}" for number in range(1, 5)])
+    os.close(layer)
+    left = sorted(str(path.relative_to(tmp_path / "layer/workspace")) for path in tmp_path.rglob("*") if path.is_file())
+    assert left == [".corral-move-1/file", ".corral-move-2/kept-0", "moved"]
+    assert len(list(tmp_path.rglob(".corral-move-*"))) == 2
