@@ -36,6 +36,7 @@ struct move {
     gid_t gid;
     uint64_t files, directories, bytes;
     int place; /* the directory in which all is made */
+    struct stat here, tree; /* that directory, and the new tree */
     unsigned kept;
 };
 
@@ -167,6 +168,13 @@ static int dress(int from, int to, const struct stat *status, mode_t more)
 
 static int fill(struct move *move, int from, int to);
 
+/* Whether somebody has put the target into the tree since: it would be made anew in itself, without end. */
+static bool is_here(const struct move *move, const struct stat *status)
+{
+    errno = EXDEV;
+    return same_file(status, &move->here);
+}
+
 /* A directory of the same name. What has gone meanwhile is gone. */
 static int make_directory(struct move *move, int from, int to, const char *name)
 {
@@ -175,8 +183,8 @@ static int make_directory(struct move *move, int from, int to, const char *name)
     if (old < 0)
         return errno == ENOENT || errno == ENOTDIR || errno == ELOOP ? 0 : -1;
     int made = -1, result = -1;
-    if (fstat(old, &status) == 0 && mkdirat(to, name, 0700) == 0 && (made = open_below(to, name)) >= 0 &&
-        fill(move, old, made) == 0 && dress(old, made, &status, 0) == 0)
+    if (fstat(old, &status) == 0 && !is_here(move, &status) && mkdirat(to, name, 0700) == 0 &&
+        (made = open_below(to, name)) >= 0 && fill(move, old, made) == 0 && dress(old, made, &status, 0) == 0)
         result = 0;
     int error = errno;
     close(old);
@@ -288,6 +296,13 @@ static void let_go(struct move *move, int from, int to, const char *name)
     while (rename_new(move->place, PICKED, move->place, kept) < 0 && errno == EEXIST);
 }
 
+/* Whether it is made by the move: somebody may have put the target into the old tree since. */
+static bool is_own(const struct move *move, int directory)
+{
+    struct stat status;
+    return fstat(directory, &status) < 0 || same_file(&status, &move->here) || same_file(&status, &move->tree);
+}
+
 static void empty(struct move *move, int from, int to)
 {
     struct stat status;
@@ -309,8 +324,10 @@ static void empty(struct move *move, int from, int to)
             continue;
         }
         if (old >= 0) {
-            empty(move, old, new);
-            unlinkat(from, name, AT_REMOVEDIR);
+            if (!is_own(move, old)) {
+                empty(move, old, new);
+                unlinkat(from, name, AT_REMOVEDIR);
+            }
             close(old);
         }
         if (new >= 0)
@@ -366,7 +383,7 @@ static int make_and_name(struct move *move, int source, const struct deputy_mess
         return refuse_made(errno);
     int result = -1;
     /* The directory itself must be writable for its parent to change (rename(2), EACCES). */
-    if (fill(move, source, tree) < 0 || dress(source, tree, &status, 0200) < 0)
+    if (fstat(tree, &move->tree) < 0 || fill(move, source, tree) < 0 || dress(source, tree, &status, 0200) < 0)
         refuse_made(errno);
     else {
         if (ended || !same(fds[0], message->path, source))
@@ -416,6 +433,15 @@ int deputy_heed_end(void)
     return sigaction(SIGTERM, &action, NULL) < 0 ? -1 : sigprocmask(SIG_UNBLOCK, &set, NULL);
 }
 
+/* Where others may write to the directory around it, one of them may have put their own there: they would reach what is
+ * made in it. */
+static int check_place(struct move *move)
+{
+    if (fstat(move->place, &move->here) < 0)
+        return -1;
+    return move->here.st_uid == move->uid && (move->here.st_mode & 0777) == 0700 ? 0 : refuse(EXDEV);
+}
+
 static int move_to(const struct deputy_message *message, const int *fds, int source, struct deputy_result *result)
 {
     struct move move = {.uid = geteuid(), .gid = getegid()};
@@ -433,7 +459,7 @@ static int move_to(const struct deputy_message *message, const int *fds, int sou
     if (mkdirat(fds[1], place, 0700) < 0)
         return errno == EEXIST ? refuse(EXDEV) : -1;
     move.place = open_below(fds[1], place);
-    int done = move.place < 0 ? -1 : make_and_name(&move, source, message, fds);
+    int done = move.place < 0 || check_place(&move) < 0 ? -1 : make_and_name(&move, source, message, fds);
     int error = errno;
     if (move.place >= 0) {
         unlinkat(move.place, TREE, AT_REMOVEDIR); /* where there was no move */
@@ -448,6 +474,7 @@ static int move_to(const struct deputy_message *message, const int *fds, int sou
 
 int deputy_move(const struct deputy_message *message, const int *fds, struct deputy_result *result)
 {
+    umask(0); /* rename(2) knows none; each mode here is given */
     int source = open_below(fds[0], message->path);
     int done = source < 0 ? -1 : move_to(message, fds, source, result);
     int error = errno;

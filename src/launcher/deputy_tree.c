@@ -81,6 +81,10 @@ char *list_names(int directory)
         if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0)
             continue;
         if (used + length + 1 > size) {
+            if (size >= TREE_MAX_NAMES) {
+                errno = E2BIG;
+                break;
+            }
             char *larger = realloc(names, size *= 2);
             if (!larger) {
                 errno = ENOMEM;

@@ -26,8 +26,10 @@ int set_add(struct set *set, const struct stat *stat);
 /* A directory in another, on the same mount, itself and no link to it. -1 with errno. */
 int open_below(int at, const char *name);
 
+#define TREE_MAX_NAMES (64u << 20) /* bytes: 131,072 of the longest, twice */
+
 /* All names in a directory, each ended by NUL, the last by two: what is done to it while it is read may change what is
- * read. To be freed. NULL with errno. */
+ * read. To be freed. NULL with errno; E2BIG beyond TREE_MAX_NAMES, as names may be added as fast as they are read. */
 char *list_names(int directory);
 const char *next_name(const char *name);
 

@@ -144,6 +144,8 @@ async def test_every_rename_is_as_on_a_plain_disk(make_box: MakeBox, workspace: 
         ("tree/.", "x", 0),  # EBUSY
         ("other", "tree", 0),  # EISDIR
         ("missing", "x", 0),
+        ("linked/", "x", 0),  # ENOTDIR: the link is none
+        ("tree", "linked/", 0),
         ("tree", "missing/x", 0),
         ("tree", "full", 1),  # EEXIST
         ("tree", "x" * 256, 0),  # ENAMETOOLONG
@@ -163,6 +165,7 @@ async def test_every_rename_is_as_on_a_plain_disk(make_box: MakeBox, workspace: 
         f"""{PLAIN}
 def run(top):
     os.chdir(top)
+    os.symlink("empty", "linked")
     answers = [call({rename}, -100, old.encode(), -100, new.encode(), flags) for old, new, flags in ARGS[1]]
     return answers, told(top)
 tell([run(plain), run(real)])
@@ -208,6 +211,12 @@ tell([run(plain), run(real)])
     )
     assert got[1] == got[0]
     assert got[0][0].count("") > 20
+
+
+async def test_the_callers_umask_is_not_asked(make_box: MakeBox, workspace: Path) -> None:
+    make_tree(workspace)
+    code = "os.umask(0o777); tell([attempt(os.rename, 'tree', 'x'), os.stat('x/sub').st_mode & 0o777])"
+    assert await inside(await make_box(), code) == ["", (workspace / "tree" / "sub").stat().st_mode & 0o777]
 
 
 async def test_by_mv_and_by_a_static_program(make_box: MakeBox, workspace: Path, compile_c: Compile) -> None:
@@ -506,6 +515,33 @@ tell([{path: [newest(path), value] for path, value in last.items()}, os.path.exi
     assert got[1:] == [True, True]
     for path, (found, written) in got[0].items():
         assert found == written, path
+
+
+async def test_a_target_that_is_put_into_the_tree_meanwhile(make_box: MakeBox, workspace: Path) -> None:
+    """What is new lies in what is taken away then."""
+    for number in range(6):
+        make_many(workspace, 1000)
+        (workspace / "many").rename(workspace / f"many{number}")
+    got = await inside(
+        await make_box(),
+        f"""{COUNT}
+found = []
+for number in range(6):
+    many, up, answers = f"many{{number}}", f"up{{number}}", []
+    os.mkdir(up)
+    thread = threading.Thread(target=lambda: answers.append(attempt(os.rename, many, up + "/x")))
+    thread.start()
+    while not os.listdir(up):
+        pass
+    time.sleep(number * 0.01)
+    put = attempt(os.rename, up, many + "/up")
+    thread.join()
+    found.append([answers[0] in ("", "EXDEV", "ENOENT"), put, sum(count(top) for top in (many, up))])
+tell(found)
+""",
+    )
+    assert [[known, many] for known, _, many in got] == [[True, 1000]] * 6
+    assert [put for _, put, _ in got].count("") > 1
 
 
 async def test_a_snapshot_in_the_middle_has_a_whole_tree(make_box: MakeBox, workspace: Path, state: Path) -> None:

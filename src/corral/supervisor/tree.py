@@ -69,6 +69,7 @@ class Tree:
 
     def has_directory(self, call: Call, directory: int, path: bytes) -> bool:
         """Whether the caller's ``path`` is a directory's, and no link's. Raises OSError."""
+        path = path.rstrip(b"/") or path  # a slash after it would follow a link, and rename(2) says ENOTDIR
         fd = self.find(call, directory, path, follow=False)
         try:
             return stat.S_ISDIR(os.fstat(fd).st_mode)
