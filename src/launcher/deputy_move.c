@@ -29,7 +29,7 @@
 static volatile sig_atomic_t ended;
 
 struct move {
-    struct set linked;
+    struct set linked; /* files, and under which names of the old tree */
     uint64_t mount;        /* of the tree */
     uint64_t upper_device; /* of files that are new in the overlay: they need no room */
     uid_t uid;
@@ -194,8 +194,9 @@ static int make_directory(struct move *move, int from, int to, const char *name)
     return result;
 }
 
-static int fill_entry(struct move *move, int from, int to, const char *name)
+static int fill_entry(struct move *move, int from, const struct stat *directory, int to, const char *name)
 {
+    const uint64_t old = name_in(directory, name);
     struct stat before, after, made;
     if (ended)
         return refuse(EINTR);
@@ -205,22 +206,24 @@ static int fill_entry(struct move *move, int from, int to, const char *name)
         return make_directory(move, from, to, name);
     if (linkat(from, name, to, name, 0) < 0)
         return errno == ENOENT ? 0 : -1;
-    if (fstatat(to, name, &made, AT_SYMLINK_NOFOLLOW) < 0 || set_add(&move->linked, &made) < 0)
+    if (fstatat(to, name, &made, AT_SYMLINK_NOFOLLOW) < 0 || set_add(&move->linked, &made, 0) < 0 ||
+        set_add(&move->linked, &made, old) < 0)
         return -1;
     /* Under its old name it may have the number of the file that was copied up. If it has neither, it is another by now. */
     if (fstatat(from, name, &after, AT_SYMLINK_NOFOLLOW) < 0 || !same_file(&before, &after))
         return 0;
-    return set_add(&move->linked, &after);
+    return set_add(&move->linked, &after, old);
 }
 
 static int fill(struct move *move, int from, int to)
 {
-    char *names = list_names(from);
+    struct stat directory;
+    char *names = fstat(from, &directory) < 0 ? NULL : list_names(from);
     if (!names)
         return -1;
     int result = 0;
     for (const char *name = names; *name && result == 0; name = next_name(name))
-        result = fill_entry(move, from, to, name);
+        result = fill_entry(move, from, &directory, to, name);
     int error = errno;
     free(names);
     errno = error;
@@ -249,7 +252,7 @@ static void take_away(struct move *move, int directory)
             take_away(move, below);
             close(below);
             unlinkat(directory, name, AT_REMOVEDIR);
-        } else if (set_has(&move->linked, &status))
+        } else if (set_has(&move->linked, &status, 0))
             unlinkat(directory, name, 0);
     }
     free(names);
@@ -265,26 +268,27 @@ static bool is_later(const struct timespec *one, const struct timespec *other)
     return one->tv_sec != other->tv_sec ? one->tv_sec > other->tv_sec : one->tv_nsec > other->tv_nsec;
 }
 
-/* Whether a file of the old tree is in the new one, or another has taken its place there. */
-static bool is_had(const struct move *move, const struct stat *old, int to, const char *name)
+/* Whether a file of the old tree is in the new one, or another has taken its place there. One that has got another name in
+ * the old tree since, `where`, is not: what has its old name by now may take its place. */
+static bool is_had(const struct move *move, const struct stat *old, uint64_t where, int to, const char *name)
 {
     struct stat new;
-    if (set_has(&move->linked, old))
+    if (set_has(&move->linked, old, where))
         return true;
     if (to < 0 || fstatat(to, name, &new, AT_SYMLINK_NOFOLLOW) < 0)
         return false;
-    return same_file(old, &new) || (!set_has(&move->linked, &new) && is_later(&new.st_mtim, &old->st_mtim));
+    return same_file(old, &new) || (!set_has(&move->linked, &new, 0) && is_later(&new.st_mtim, &old->st_mtim));
 }
 
 /* One file of the old tree. It is looked at where nobody reaches it by its old name any more: if it is not what was linked,
  * somebody has put it there since, and it is the tree's. Where it can go nowhere it stays in the place. */
-static void let_go(struct move *move, int from, int to, const char *name)
+static void let_go(struct move *move, int from, const struct stat *directory, int to, const char *name)
 {
     struct stat status;
     if (renameat(from, name, move->place, PICKED) < 0 ||
         fstatat(move->place, PICKED, &status, AT_SYMLINK_NOFOLLOW) < 0)
         return;
-    if (is_had(move, &status, to, name)) {
+    if (is_had(move, &status, name_in(directory, name), to, name)) {
         unlinkat(move->place, PICKED, 0);
         return;
     }
@@ -305,17 +309,17 @@ static bool is_own(const struct move *move, int directory)
 
 static void empty(struct move *move, int from, int to)
 {
-    struct stat status;
-    char *names = list_names(from);
+    struct stat status, directory;
+    char *names = fstat(from, &directory) < 0 ? NULL : list_names(from);
     if (!names)
         return;
-    if (fstat(from, &status) == 0 && (status.st_mode & 0700) != 0700)
-        fchmod(from, status.st_mode | 0700);
+    if ((directory.st_mode & 0700) != 0700)
+        fchmod(from, directory.st_mode | 0700);
     for (const char *name = names; *name; name = next_name(name)) {
         if (fstatat(from, name, &status, AT_SYMLINK_NOFOLLOW) < 0)
             continue;
         if (!S_ISDIR(status.st_mode)) {
-            let_go(move, from, to, name);
+            let_go(move, from, &directory, to, name);
             continue;
         }
         int old = open_below(from, name), new = to < 0 ? -1 : open_below(to, name);

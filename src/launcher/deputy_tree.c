@@ -13,10 +13,11 @@
 
 /* ---- sets ---- */
 
-static struct identity *find(const struct set *set, dev_t device, ino_t inode)
+static struct identity *find(const struct set *set, const struct identity *file)
 {
-    size_t at = (size_t)((inode * 0x9E3779B97F4A7C15u) ^ device) & (set->size - 1);
-    while (set->places[at].inode && (set->places[at].inode != inode || set->places[at].device != device))
+    size_t at = (size_t)((file->inode * 0x9E3779B97F4A7C15u) ^ file->device ^ file->name) & (set->size - 1);
+    while (set->places[at].inode && (set->places[at].inode != file->inode || set->places[at].device != file->device ||
+                                     set->places[at].name != file->name))
         at = (at + 1) & (set->size - 1);
     return &set->places[at];
 }
@@ -26,13 +27,23 @@ bool same_file(const struct stat *a, const struct stat *b)
     return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
 }
 
-bool set_has(const struct set *set, const struct stat *stat)
+uint64_t name_in(const struct stat *directory, const char *name)
 {
-    return set->size && find(set, stat->st_dev, stat->st_ino)->inode;
+    uint64_t hash = 0xCBF29CE484222325u ^ directory->st_ino; /* FNV-1a */
+    for (; *name; name++)
+        hash = (hash ^ (unsigned char)*name) * 0x100000001B3u;
+    return hash | 1;
 }
 
-int set_add(struct set *set, const struct stat *stat)
+bool set_has(const struct set *set, const struct stat *stat, uint64_t name)
 {
+    const struct identity file = {stat->st_dev, stat->st_ino, name};
+    return set->size && find(set, &file)->inode;
+}
+
+int set_add(struct set *set, const struct stat *stat, uint64_t name)
+{
+    const struct identity file = {stat->st_dev, stat->st_ino, name};
     if (set->used * 2 >= set->size) {
         struct set larger = {.size = set->size ? set->size * 2 : 1024, .used = set->used};
         larger.places = calloc(larger.size, sizeof *larger.places);
@@ -40,13 +51,13 @@ int set_add(struct set *set, const struct stat *stat)
             return -1;
         for (size_t i = 0; i < set->size; i++)
             if (set->places[i].inode)
-                *find(&larger, set->places[i].device, set->places[i].inode) = set->places[i];
+                *find(&larger, &set->places[i]) = set->places[i];
         free(set->places);
         *set = larger;
     }
-    struct identity *place = find(set, stat->st_dev, stat->st_ino);
+    struct identity *place = find(set, &file);
     set->used += !place->inode;
-    *place = (struct identity){stat->st_dev, stat->st_ino};
+    *place = file;
     return 0;
 }
 

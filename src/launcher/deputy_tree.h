@@ -9,6 +9,7 @@
 
 struct identity {
     uint64_t device, inode; /* inode 0: a free place */
+    uint64_t name;
 };
 
 /* A set, by open addressing; never more than half full. */
@@ -18,10 +19,14 @@ struct set {
 };
 
 bool same_file(const struct stat *a, const struct stat *b);
-bool set_has(const struct set *set, const struct stat *stat);
+
+/* Stands for a name in a directory; never 0, which is any. */
+uint64_t name_in(const struct stat *directory, const char *name);
+
+bool set_has(const struct set *set, const struct stat *stat, uint64_t name);
 
 /* 0, or -1 with errno. Whoever has the set frees its places. */
-int set_add(struct set *set, const struct stat *stat);
+int set_add(struct set *set, const struct stat *stat, uint64_t name);
 
 /* A directory in another, on the same mount, itself and no link to it. -1 with errno. */
 int open_below(int at, const char *name);

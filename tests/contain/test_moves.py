@@ -517,6 +517,36 @@ tell([{path: [newest(path), value] for path, value in last.items()}, os.path.exi
         assert found == written, path
 
 
+async def test_names_that_change_in_the_old_tree_meanwhile(make_box: MakeBox, workspace: Path) -> None:
+    """As of an editor that puts the file of before aside, and writes it anew."""
+    make_many(workspace, 2000)
+    got = await inside(
+        await make_box(),
+        """
+thread = threading.Thread(target=os.rename, args=("many", "moved"))
+thread.start()
+done = []
+while thread.is_alive():
+    for number in range(0, 2000, 40):
+        # Linked already, and not taken away yet.
+        if number not in done and glob.glob(f".corral-move-*/tree/d{number % 20}/f{number}"):
+            try:
+                os.rename(f"many/d{number % 20}/f{number}", f"many/d19/b{number}")
+                with open(f"many/d{number % 20}/f{number}", "w") as file: file.write("new")
+            except FileNotFoundError:
+                continue
+            done.append(number)
+thread.join()
+def content(path):
+    found = [f"{top}/{path}" for top in ("many", "moved") if os.path.exists(f"{top}/{path}")]
+    return open(found[0]).read() if found else ""
+tell([len(done), [number for number in done
+     if content(f"d19/b{number}") != f"{number}\\n" or content(f"d{number % 20}/f{number}") != "new"]])
+""",
+    )
+    assert got[0] > 5 and got[1] == []
+
+
 async def test_a_target_that_is_put_into_the_tree_meanwhile(make_box: MakeBox, workspace: Path) -> None:
     """What is new lies in what is taken away then."""
     for number in range(6):
