@@ -66,10 +66,13 @@ def test_a_live_sessions_snapshots_stay_and_go_after_it(workspace: Path) -> None
         assert held() == dict.fromkeys((first.id, second.id), f"the session {box.id} is alive")
         box.restore(first)  # and goes on with another id
         assert set(held()) == {first.id, second.id}
+        third = box.snapshot("third")
+        assert held()[third.id] == f"the session {box.id} is alive"
         box.restore(second)
         assert sh(box, "cat a; echo 3 >a") == "2\n"
         kinds = {kept.layer.id: kept.is_snapshot for kept in list_kept(0)[0]}
-        assert kinds == {first.id: True, second.id: True}
+        assert kinds == {first.id: True, second.id: True, third.id: True}
+        assert set(held()) == set(kinds)
     assert box.kept is not None
     assert held() == {}
     assert ids() == []

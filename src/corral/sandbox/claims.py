@@ -40,8 +40,8 @@ def claim(layers: int, session: str, reserved: int | None = None) -> None:
     """Says that a session of this process is alive. May be called again. Raises OSError."""
     with _lock:
         mine = _mine(session)
-        if not mine:
-            mine.append(_make(layers, session))
+        if all(each.name != f"session-{session}" for each in mine):  # it may have those of the one that it goes on from
+            mine.insert(0, _make(layers, session))
             _claims[session] = mine
         if reserved is not None:
             os.pwrite(mine[0].fd, b"%*d" % (_LENGTH, reserved), 0)
