@@ -11,6 +11,7 @@ import random
 import signal
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -210,6 +211,20 @@ def test_what_a_log_has_beside_it_and_what_is_no_layer_is_measured(layers: Path)
     assert (counted(), area.undo_copies()) == (BLOCK, area.Taken(2, du(place / "strangea", place / "strangeb")))
     assert journal.journals() == []
     assert collect(older_than=0, undo=True).before == BLOCK
+
+
+def test_whoever_is_in_a_hurry_does_not_wait_for_one_who_counts() -> None:
+    make("b", expires=1)
+    with store() as directory:
+        with account._counting(directory, fcntl.LOCK_EX):
+            thread = threading.Thread(target=area.collect_expired, args=(directory, time.time(), 1.0))
+            thread.start()
+            thread.join(10)
+            waits = thread.is_alive()
+        thread.join()
+    assert not waits and ids() == []
+    reap_partials()
+    assert counted() == 0
 
 
 # ---- what never goes ----

@@ -298,8 +298,9 @@ def _remove(layers: int, layer: KeptLayer, now: float, deadline: float | None = 
                 return why
             name = take_name(layers, layer.id)
             try:
-                return account.remove(layers, name, deadline=deadline)
-            except OutOfTime:
+                # Who is in a hurry does not wait for one who counts, and may have been stopped.
+                return account.remove(layers, name, deadline=deadline, wait=deadline is None)
+            except (OutOfTime, BlockingIOError):
                 return 0
     except BlockingIOError:
         return _USED
