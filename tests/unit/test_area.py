@@ -227,6 +227,19 @@ def test_whoever_is_in_a_hurry_does_not_wait_for_one_who_counts() -> None:
     assert counted() == 0
 
 
+def test_what_a_process_of_the_same_number_has_left_goes_unless_it_is_held(
+    layers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("baaaaaaa", "caaaaaaa"):
+        (layers / f"partial-{os.getpid()}-{name}" / "parts").mkdir(parents=True)
+    reap_partials()
+    assert len(list(layers.glob("partial-*"))) == 2  # they may be locked in a moment
+    monkeypatch.setattr(layer, "_FRESH", -1)
+    with store() as directory, layer.locked(directory, f"partial-{os.getpid()}-baaaaaaa", fcntl.LOCK_EX):
+        reap_partials()
+        assert [path.name[-8:] for path in layers.glob("partial-*")] == ["baaaaaaa"]
+
+
 # ---- what never goes ----
 
 

@@ -11,7 +11,7 @@
 Keeping: everything is written into the partial directory, then synced (syncfs), then renamed into place; so a layer
 that has its name is whole, after a crash too. Discarding: renamed to a partial name first, so that nobody finds it any
 more, then removed, by whoever comes by when its last reader is done. Whoever reads or builds holds a lock (flock) on
-the directory; a partial one that nobody holds and whose process is dead is removed by :func:`reap_partials`.
+the directory; a partial one that nobody holds is removed by :func:`reap_partials`, at once if its process is dead.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import json
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -50,6 +51,8 @@ PINNED = "pinned"
 _ID = re.compile(r"[a-z2-7]{8}")
 _NOBODY = 0
 """The process of a partial one that is not being built."""
+_FRESH = 60.0
+"""Seconds in which whoever has made a partial one locks it."""
 _PARTIAL = re.compile(r"partial-([0-9]{1,10})-[a-z2-7]{8}")
 
 
@@ -279,7 +282,7 @@ def reap_partials(deadline: float | None = None) -> int:
     with store() as layers:
         for name in os.listdir(layers):
             match = _PARTIAL.fullmatch(name)
-            if match is None or os.path.exists(f"/proc/{match[1]}"):
+            if match is None or (os.path.exists(f"/proc/{match[1]}") and _is_fresh(layers, name)):
                 continue
             try:
                 with locked(layers, name, fcntl.LOCK_EX | fcntl.LOCK_NB):
@@ -290,6 +293,15 @@ def reap_partials(deadline: float | None = None) -> int:
             except OSError:
                 continue  # somebody reads it still, or is at it
     return count
+
+
+def _is_fresh(layers: int, name: str) -> bool:
+    """Whether one whose process lives may not have been locked yet. Later, nobody holds it whom it would be locked by:
+    another process has that number now, as in a container that was started again."""
+    try:
+        return time.time() - os.stat(name, dir_fd=layers, follow_symlinks=False).st_ctime < _FRESH
+    except FileNotFoundError:
+        return True
 
 
 def is_id(text: str) -> bool:
