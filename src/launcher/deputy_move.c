@@ -212,7 +212,7 @@ static int fill_entry(struct move *move, int from, const struct stat *directory,
     /* Under its old name it may have the number of the file that was copied up. If it has neither, it is another by now. */
     if (fstatat(from, name, &after, AT_SYMLINK_NOFOLLOW) < 0 || !same_file(&before, &after))
         return 0;
-    return set_add(&move->linked, &after, old);
+    return set_add(&move->linked, &after, 0) < 0 ? -1 : set_add(&move->linked, &after, old);
 }
 
 static int fill(struct move *move, int from, int to)

@@ -20,7 +20,7 @@ struct set {
 
 bool same_file(const struct stat *a, const struct stat *b);
 
-/* Stands for a name in a directory; never 0, which is any. */
+/* Stands for a name in a directory, as long as the kernel knows that by the same number; never 0, which is any. */
 uint64_t name_in(const struct stat *directory, const char *name);
 
 bool set_has(const struct set *set, const struct stat *stat, uint64_t name);

