@@ -627,3 +627,28 @@ tell([got, sorted(os.listdir(".")), open("deep" + "/d" * 130 + "/file").read()])
 """
     got = await inside(await make_box(), code)
     assert got == [["EXDEV", "EXDEV", ""], sorted("dark deep empty file.txt full other tree2".split()), "deep"]
+
+
+async def test_nothing_comes_to_a_watched_name_behind_a_move(make_box: MakeBox, workspace: Path) -> None:
+    """The new tree is renamed once more, which is allowed, to where a name is asked for; then somebody puts that name
+    into the old tree, where it is free."""
+    make_many(workspace)
+    (workspace / "free").mkdir()
+    box = await make_box(policy=Policy(filesystem=Filesystem(ask=(str(workspace / "asked" / "key"),))))
+    code = """
+thread = threading.Thread(target=os.rename, args=("many", "free/b"))
+thread.start()
+while not os.path.exists("free/b"): pass
+os.rename("free/b", "asked")
+answer = attempt(lambda: open("many/key", "w").close())
+thread.join()
+tell([answer, os.path.exists("asked/d0/f0"), os.path.exists("asked/key"), os.path.exists("many")])
+"""
+    running = asyncio.ensure_future(inside(box, code))
+    asked = 0
+    while not running.done():
+        for question in box.core.supervision.approvals.waiting():
+            asked += 1
+            box.core.supervision.approvals.answer(question.number, Verdict.ALLOW, "the test")
+        await asyncio.sleep(0.001)
+    assert (await running, asked) == (["ENOENT", True, False, False], 1)

@@ -43,6 +43,7 @@ class FakeSandbox:
         self.interrupted: list[int] = []
         self.later: list[Callable[[], None]] = []
         self.deputy = self.loop = self
+        self.watch = False
 
     def rename(
         self, caller: object, old: tuple[int, str], new: tuple[int, str], done: Callable[[Reply], None],
@@ -144,6 +145,21 @@ def test_moves_come_one_after_the_other(sandbox: FakeSandbox, moves: Moves) -> N
     assert sandbox.interrupted == [len(sandbox.asked)] and not closed  # its descriptors are in use
     sandbox.answer(errno.EINTR)
     assert works[2].closed and works[2].answers == [] and not active(moves)
+
+
+def test_where_files_are_watched_nothing_else_is_renamed_meanwhile(sandbox: FakeSandbox, moves: Moves) -> None:
+    """The new tree would be somewhere else, and then have what was put into the old one, which nobody has decided."""
+    sandbox.watch = True
+    first = begin(moves, "a")
+    sandbox.answer(errno.EXDEV)
+    second = begin(moves, "b")
+    sandbox.wait()
+    assert [name for name, _, _ in sandbox.asked] == ["a", "a"]
+    sandbox.answer()
+    assert first.answers == [0] and second.answers == []
+    sandbox.wait()
+    sandbox.answer()
+    assert second.answers == [0] and not active(moves)
 
 
 def test_nothing_is_moved_while_all_stands_still(sandbox: FakeSandbox, moves: Moves) -> None:

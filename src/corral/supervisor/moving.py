@@ -134,7 +134,9 @@ class Moves:
 
         work.call.when_gone = self._interrupt if token else None
         self._active += 1
-        if self._held:  # looked at after the other side can see that this one begins: Core.frozen
+        # What others put into the old tree is brought into the new one, undecided: that stays where it was decided on.
+        must_wait = not token and self._moving is not None and bool(self._sandbox.watch)
+        if self._held or must_wait:  # looked at after the other side can see that this one begins: Core.frozen
             got(Reply(EAGAIN, busy=True))
             return
         try:
