@@ -119,9 +119,7 @@ def end_all_but(keeper: int, keeps: Callable[[str], bool]) -> bool:
             except ProcessLookupError:
                 continue
             try:
-                with open(f"{_PROC}/{pid}/stat", "rb") as file:
-                    state = file.read().rpartition(b") ")[2][:1]
-                if state in b"ZX" or keeps(os.readlink(f"{_PROC}/{pid}/exe")):
+                if _is_over(pid) or keeps(_program(pid)):
                     continue
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 found = True
@@ -130,6 +128,22 @@ def end_all_but(keeper: int, keeps: Callable[[str], bool]) -> bool:
             finally:
                 os.close(pidfd)
     return found
+
+
+def _is_over(pid: int) -> bool:
+    """Whether it waits for its parent only. A process whose first thread has ended looks like that too, as long as
+    others of its threads go on (proc_pid_stat(5), state and num_threads)."""
+    with open(f"{_PROC}/{pid}/stat", "rb") as file:
+        fields = file.read().rpartition(b") ")[2].split()
+    return fields[0] == b"X" or (fields[0] == b"Z" and int(fields[17]) <= 1)
+
+
+def _program(pid: int) -> str:
+    """The path of what a process runs; nothing where that is not told."""
+    try:
+        return os.readlink(f"{_PROC}/{pid}/exe")
+    except (PermissionError, FileNotFoundError):  # no longer dumpable; without its first thread
+        return ""
 
 
 def resident(pid: int) -> int:
