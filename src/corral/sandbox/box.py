@@ -199,6 +199,7 @@ class Sandbox:
     async def freeze(self) -> None:
         """Stops every process where it is, until :meth:`thaw`; returns once the kernel says that all have stopped."""
         async with self._alone:
+            await self._moving()
             self.core.freeze()
             await self._stand_still()
 
@@ -234,14 +235,15 @@ class Sandbox:
         snapshot = await self.snapshot()
         boxes = [self._another(snapshot) for _ in range(count)]
         try:
-            for box in boxes:
-                await box.start()
+            try:
+                for box in boxes:
+                    await box.start()
+            finally:
+                await asyncio.to_thread(snapshot.discard)  # they still read it; its files go when the last of them ends
         except BaseException:
             for box in boxes:
                 await box.close()
             raise
-        finally:
-            await asyncio.to_thread(snapshot.discard)  # they still read it; its files go when the last of them ends
         return boxes
 
     def _another(self, layer: KeptLayer) -> Sandbox:
@@ -264,8 +266,12 @@ class Sandbox:
             if isinstance(result, CorralError):
                 raise result
             return
-        after = self._another(layer)
+        after, closing = self._another(layer), self._closing
         await after.start()
+        if self._closing is not closing:
+            after._keep = False
+            await after.close()
+            raise SandboxClosed("it was closed meanwhile")
         after.core.notices.restored(layer.id, layer.name)
         before, keeps = copy.copy(self), self._keep
         before._keep = False
@@ -278,6 +284,7 @@ class Sandbox:
     async def thaw(self) -> None:
         """Lets every process go on."""
         async with self._alone:
+            await self._moving()
             self.core.thaw()
 
     # ---- commands ----
@@ -414,6 +421,11 @@ class Sandbox:
         core = self.core
         if core.is_behind:
             await asyncio.to_thread(core.catch_up)
+        await self._moving()
+
+    async def _moving(self) -> None:
+        """While no snapshot is being taken."""
+        core = self.core
         while core.is_kept_still:
             moving = asyncio.Event()
             core.when_moving(moving.set)
