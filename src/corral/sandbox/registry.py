@@ -20,7 +20,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ from corral.sandbox.peers import Peer, peer_of
 
 if TYPE_CHECKING:
     from corral.sandbox.layer import KeptLayer
+    from corral.sandbox.snapshots import Taking
 
 MAX_MESSAGE = 128 << 10
 MAX_LONG_MESSAGE = 16 << 20
@@ -152,6 +153,7 @@ class _Client:
     def __init__(self, server: _Server, connection: socket.socket, peer: Peer) -> None:
         self._server, self._connection, self._peer = server, connection, peer
         self._exec: tuple[Core, int] | None = None
+        self._taking: Taking | None = None
         connection.setblocking(False)
         server.reactor.add_reader(connection.fileno(), self._readable)
 
@@ -163,6 +165,8 @@ class _Client:
             core, number = self._exec
             self._exec = None
             core.kill_session(number)  # whoever asked for it is gone
+        if self._taking:
+            self._taking.abandoned = True
         self._server.clients.discard(self)
 
     def _answer(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
@@ -202,11 +206,9 @@ class _Client:
             core.kill("killed by `corral kill`")
             core.when_ended(lambda: self._answer({"done": True}))
         elif verb == "freeze":
-            core.freeze()
-            self._wait_frozen(core)
+            self._when_moving(core, self._freeze)
         elif verb == "thaw":
-            core.thaw()
-            self._answer({"done": True})
+            self._when_moving(core, self._thaw)
         elif verb == "open":
             user = message.get("user", core.prepared.options.user)
             described = _describe(core) | {
@@ -218,7 +220,7 @@ class _Client:
             self._start_moving(core, message, fds)
         elif verb == "snapshot":
             name = check_text("name", str(message.get("name", ""))[:MAX_NAME])
-            core.snapshots.take(self._taken, name=name)
+            self._taking = core.snapshots.take(self._taken, name=name)
         elif verb == "restore":
             from corral.sandbox.layer import open_layer
 
@@ -257,7 +259,28 @@ class _Client:
         else:
             self._server.reactor.call_later(0.005, self._wait_frozen, core, tries - 1)
 
+    def _freeze(self, core: Core) -> None:
+        core.freeze()
+        self._wait_frozen(core)
+
+    def _thaw(self, core: Core) -> None:
+        core.thaw()
+        self._answer({"done": True})
+
+    def _when_moving(self, core: Core, do: Callable[[Core], None]) -> None:
+        """Once no snapshot is being taken: while its files go back nobody else lets it go on."""
+
+        def at_last() -> None:
+            try:
+                if self._connection.fileno() >= 0:
+                    do(core)
+            except CorralError as error:
+                self._answer({"error": str(error), "exit_code": error.exit_code})
+
+        core.when_moving(at_last)
+
     def _taken(self, result: KeptLayer | CorralError) -> None:
+        self._taking = None
         if isinstance(result, CorralError):
             self._answer({"error": str(result), "exit_code": result.exit_code})
         else:
