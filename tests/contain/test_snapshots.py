@@ -6,9 +6,12 @@ import asyncio
 import errno
 import json
 import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,14 +20,16 @@ from corral.errors import CorralError, RequestError, SandboxClosed
 from corral.log.events import FilesSet, SnapshotTaken
 from corral.log.places import open_log
 from corral.policy.load import parse_policy
+from corral.sandbox import asowner, registry
 from corral.sandbox.apply.proposing import propose
 from corral.sandbox.apply.undo import undo
 from corral.sandbox.changes import ChangeKind
+from corral.sandbox.core import Core, State
 from corral.sandbox.layer import KeptLayer, list_layers
 from corral.sandbox.sync import SyncSandbox
 from tests.contain.applies import look
 from tests.contain.command_line import CommandLine, adopting_orphans
-from tests.contain.conftest import MakeBox
+from tests.contain.conftest import MakeBox, own_sandbox_processes
 from tests.contain.logs import Disk, events, verified
 from tests.contain.test_apply import DO, OPERATIONS, PYTHON, in_short
 
@@ -458,6 +463,169 @@ async def test_going_back_half_way_is_the_end(make_box: MakeBox, monkeypatch: py
     with pytest.raises(CorralError):
         await box.restore(begin)
     assert (await asyncio.wait_for(box.wait_ended(), 10)).startswith("its files could not be set back: ")
+
+
+async def test_what_policy_denies_stays_denied_after_going_back(make_box: MakeBox, workspace: Path) -> None:
+    """Also what the host has made there since the start: who sets files back works in the host's mount namespace, where
+    removing what is covered inside would uncover it."""
+    policy = parse_policy(
+        f"filesystem: {{restore_keeps: ['**/sleep'], deny: ['{workspace}/.env', '{workspace}/dir', '{workspace}/old']}}\n",
+        source="test.yaml",
+    )
+    (workspace / "old").write_text("secret")
+    box = await make_box(policy=policy)
+    other = await make_box()
+    await other.exec(["sh", "-c", "echo other >old; mkdir dir; echo >dir/new"])
+    begin, elsewhere = await box.snapshot(), await other.snapshot()
+    (workspace / ".env").write_text("secret")
+    (workspace / "dir").mkdir()
+    (workspace / "dir" / "file").write_text("secret")
+    for layer in (begin, elsewhere, begin):
+        await box.exec(["sh", "-c", "echo >new"])
+        await box.restore(layer)
+        found = await box.exec(["sh", "-c", "cat .env old; ls -d new dir/*; stat -c %F .env old"])
+        assert found.stdout == b"character special file\n" * 2
+
+
+@pytest.mark.root
+async def test_going_back_gives_nobody_what_he_could_not_read(make_box: MakeBox, workspace: Path) -> None:
+    """A file of somebody who does not exist inside, under a name that the agent had covered."""
+    os.chown(workspace, 1000, 1000)
+    box = await make_box(policy=KEEPS)
+    begin = await box.snapshot()
+    await box.exec(["sh", "-c", "echo >secret"])
+    (workspace / "secret").write_text("secret")
+    os.chown(workspace / "secret", 300_001, 300_001)
+    (workspace / "secret").chmod(0o640)
+    with pytest.raises(CorralError, match="others may not read it"):
+        await box.restore(begin)
+    await asyncio.wait_for(box.wait_ended(), 10)
+
+
+async def test_the_directory_of_the_workspace_goes_back_too(make_box: MakeBox, workspace: Path) -> None:
+    box = await make_box(policy=KEEPS)
+    begin = await box.snapshot()
+    await box.exec(["sh", "-c", "chmod 500 .; chmod 1777 ~"])
+    await box.restore(begin)
+    mode = f"{workspace.stat().st_mode & 0o777:o}"
+    assert (await box.exec(["sh", "-c", "stat -c %a . ~; echo >new"])).text == f"{mode}\n755\n"
+
+
+async def test_what_removed_much_to_fill_its_disk_can_be_set_back(make_box: MakeBox) -> None:
+    policy = parse_policy("filesystem: {restore_keeps: ['**/sleep']}\nresources: {disk: 64MiB}\n", source="test.yaml")
+    box = await make_box(policy=policy)
+    await box.exec(["sh", "-c", "head -c 40M /dev/zero >a"])
+    begin = await box.snapshot()
+    await box.exec(["sh", "-c", "rm a; head -c 70M /dev/zero >z"])
+    await box.restore(begin)
+    assert (await box.exec(["sh", "-c", "ls; stat -c %s a"])).text == "a\nfile.txt\n41943040\n"
+
+
+async def test_a_process_without_its_first_thread_does_not_outlive_going_back(make_box: MakeBox) -> None:
+    """It looks as if it had ended."""
+    box = await make_box(policy=KEEPS)
+    begin = await box.snapshot()
+    script = """
+import ctypes, threading, time
+def go_on():
+    print("ready", flush=True)
+    while True:
+        open("alive", "w").close()
+        time.sleep(0.01)
+threading.Thread(target=go_on).start()
+ctypes.CDLL(None).syscall(60, 0)
+"""
+    process = await box.start_process([PYTHON, "-c", script])
+    assert await process.stdout.readline() == b"ready\n"
+    await box.restore(begin)
+    await asyncio.sleep(0.1)
+    assert (await box.exec(["ls"])).text == "file.txt\n"
+
+
+async def test_a_sandbox_that_ends_while_it_goes_back_leads_nowhere_else(
+    make_box: MakeBox, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its descriptors are closed when it ends, and their numbers are given to others."""
+    box = await make_box(policy=KEEPS)
+    begin = await box.snapshot()
+    await box.exec(["sh", "-c", "echo >new"])
+    outside = tmp_path / "outside"
+    victim = Path(f"{outside}{workspace}") / "new"
+    victim.parent.mkdir(parents=True)
+    victim.touch()
+    for path in (outside, *outside.rglob("*")):
+        path.chmod(0o777)
+    start, root, opened = asowner.begin, box.core.root_fd, []
+
+    def begin_late(*arguments: Any, **options: Any) -> asowner.Helper:
+        box.kill()
+        while box.core.state is not State.ENDED:
+            time.sleep(0.001)
+        while not opened or opened[-1] < root:
+            opened.append(os.open(outside, os.O_RDONLY | os.O_DIRECTORY))
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(asowner, "begin", begin_late)
+    try:
+        with pytest.raises(CorralError):
+            await box.restore(begin)
+        assert root in opened
+        assert victim.exists()
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
+async def test_nobody_else_lets_it_go_on_while_it_goes_back(make_box: MakeBox, monkeypatch: pytest.MonkeyPatch) -> None:
+    box = await make_box(policy=KEEPS)
+    begin = await box.snapshot()
+    entered, leave, set_back = threading.Event(), threading.Event(), Core.set_back
+
+    def set_back_late(core: Core, *arguments: Any) -> None:
+        entered.set()
+        assert leave.wait(10)
+        set_back(core, *arguments)
+
+    monkeypatch.setattr(Core, "set_back", set_back_late)
+    going = asyncio.create_task(box.restore(begin))
+    assert await asyncio.to_thread(entered.wait, 10)
+    connection, entry = await asyncio.to_thread(registry.find_sandbox, box.id)
+    try:
+        answers = [
+            asyncio.create_task(asyncio.to_thread(connection.ask, {"verb": verb, "id": entry.id}))
+            for verb in ("freeze", "thaw")
+        ]
+        await asyncio.sleep(0.1)
+        assert box.state is State.FROZEN and not any(answer.done() for answer in answers)
+        leave.set()
+        await going
+        await asyncio.gather(*answers)
+    finally:
+        leave.set()
+        connection.close()
+
+
+async def test_who_hangs_up_leaves_no_snapshot(make_box: MakeBox) -> None:
+    box = await make_box()
+    connection, entry = await asyncio.to_thread(registry.find_sandbox, box.id)
+    registry.send(connection.socket, {"verb": "snapshot", "id": entry.id})
+    connection.close()
+    while not box.core.is_kept_still:
+        await asyncio.sleep(0)
+    while box.core.is_kept_still:
+        await asyncio.sleep(0.001)
+    assert list_layers() == []
+
+
+async def test_who_closes_it_meanwhile_leaves_no_sandbox(make_box: MakeBox) -> None:
+    box = await make_box()
+    begin = await box.snapshot()
+    going = asyncio.create_task(box.restore(begin))
+    await asyncio.sleep(0)
+    await box.close()
+    with pytest.raises(SandboxClosed, match="closed"):
+        await going
+    assert own_sandbox_processes() == []
 
 
 async def test_states_are_recorded(make_box: MakeBox, tmp_path: Path) -> None:

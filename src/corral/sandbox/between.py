@@ -177,7 +177,8 @@ class PartComparison:
         self.budget = budget
         self.part = part
         self._walk, self._trees, self._scaffold = walk, trees, scaffold
-        self._sides = [(sides[0], sides[1])]
+        self._tops = (sides[0], sides[1])
+        self._sides = [self._tops]
         """Of each level: the trees that are merged, on either side."""
 
     def run(self) -> None:
@@ -202,6 +203,31 @@ class PartComparison:
     def root(self, tree: int) -> int:
         """The directory of a tree, as long as the comparison is open."""
         return self._trees.roots[tree]
+
+    def top(self) -> tuple[Change, int] | None:
+        """How the directory of the part itself is different, which is no entry of one, and the tree that ``after`` has
+        it from."""
+        if not all(self._tops):
+            return None
+        first, tree = self._tops[0][0], self._tops[1][0]
+        (old, one), (new, other) = ((os.fstat(fd), user_xattrs(fd)) for fd in map(self.root, (first, tree)))
+        if not (old.st_mode ^ new.st_mode) & 0o1777 and one == other:
+            return None
+        change = Change(
+            self.part.name,
+            self.part.path,
+            ChangeKind.CHANGED if one != other else ChangeKind.MODE,
+            FileType.DIRECTORY,
+            type_before=FileType.DIRECTORY,
+            mode_before=stat.S_IMODE(old.st_mode),
+            mode_after=stat.S_IMODE(new.st_mode),
+            owner_after=self._owner(Below(old, first, ())),
+        )
+        return change, tree
+
+    def is_hosts(self, tree: int) -> bool:
+        """Whether it is a tree of the host, and no layer."""
+        return tree not in self._trees.uppers
 
     def _list(self, level: Level) -> None:
         """Where both sides lie on the same, only what the layers hold can be different."""

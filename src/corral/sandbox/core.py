@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from corral.log.asciicast import Tape
     from corral.sandbox.copying import Since
     from corral.sandbox.layer import KeptLayer
+    from corral.sandbox.restore import Inside
     from corral.sandbox.snapshots import Snapshots
 
 START_TIMEOUT = 30.0
@@ -435,15 +436,21 @@ class Core:
         keeps = Paths(self.prepared.options.policy.filesystem.restore_keeps)
         return end_all_but(self.keeper, lambda program: bool(keeps.all(program)))
 
-    def set_back(self, layer: KeptLayer) -> None:
+    def open_inside(self) -> Inside:
+        """What :meth:`set_back` needs, while all stands still. The caller closes it. Raises CorralError."""
+        from corral.sandbox.restore import Inside
+
+        first = children(self.keeper)
+        if self.root_fd < 0 or not first:
+            raise SandboxClosed("it is ending")
+        return Inside.opened(self.root_fd, first[0])
+
+    def set_back(self, layer: KeptLayer, inside: Inside) -> None:
         """Makes its files those of a layer. For a thread of its own, while all stands still. Raises CorralError,
         OSError; its files are neither these nor those then."""
         from corral.sandbox.restore import restore
 
-        first = children(self.keeper)
-        if not first:
-            raise SandboxClosed("it is ending")
-        restore(self.prepared, self.layer_fd, self.root_fd, first[0], layer)
+        restore(self.prepared, self.layer_fd, inside, layer)
 
     def _keep_step(self, step: int, then: Callable[[CorralError | None], None], tries: int = 3) -> None:
         """A snapshot that policy demands. Where there is none, this is the end: what comes could not be undone."""

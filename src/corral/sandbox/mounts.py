@@ -11,9 +11,9 @@ def unescape(path: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), path) if "\\" in path else path
 
 
-def mount_points() -> list[str]:
-    """Where anything is mounted in this mount namespace."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+def mount_points(process: int | str = "self") -> list[str]:
+    """Where anything is mounted in this mount namespace, or in that of another process, below its root."""
+    with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         return [unescape(line.split(" ", 5)[4]) for line in lines]
 
 

@@ -23,6 +23,7 @@ from corral.sandbox.restore import check_fits
 
 if TYPE_CHECKING:
     from corral.sandbox.core import Core
+    from corral.sandbox.restore import Inside
 
 STAND_STILL = 10.0
 """Seconds in which everything must have stopped."""
@@ -52,13 +53,14 @@ class Snapshots:
         self._core, self._reactor = core, reactor
         self._waiting: deque[Taking] = deque()
         self._current: Taking | None = None
-        self._on_idle: list[Callable[[], None]] = []
+        self._on_idle: deque[Callable[[], None]] = deque()
+        self._is_going_on = False
         self._result: KeptLayer | BaseException | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether one is being taken."""
-        return self._current is not None
+        """Whether one is being taken, or waits for its turn."""
+        return self._current is not None or bool(self._waiting)
 
     def take(self, on_taken: OnTaken, *, name: str = "", step: int | None = None) -> Taking:
         """Calls back with a kept layer that holds the files as they were at one moment, or with the error why there
@@ -75,9 +77,28 @@ class Snapshots:
 
     def _ask(self, taking: Taking) -> Taking:
         self._waiting.append(taking)
-        if self._current is None:
-            self._begin()
+        self._go_on()
         return taking
+
+    def _go_on(self) -> None:
+        """Begins what waits; where nothing does, calls back who waits for that. Without recursion: when a sandbox ends,
+        all that wait fail one after the other."""
+        if self._is_going_on:
+            return
+        self._is_going_on = True
+        try:
+            while self._current is None:
+                if self._waiting:
+                    self._begin()
+                elif self._on_idle:
+                    self._on_idle.popleft()()  # which may ask for another
+                else:
+                    break
+        except BaseException:
+            self._reactor.call_later(0, self._go_on)  # the others are not to wait for good
+            raise
+        finally:
+            self._is_going_on = False
 
     def when_idle(self, callback: Callable[[], None]) -> None:
         """Calls back when none is being taken; at once where that is now."""
@@ -127,21 +148,32 @@ class Snapshots:
     def _start(self) -> None:
         taking = self._current
         assert taking is not None  # noqa: S101 - for the type checker
-        done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        inside = None if taking.to is None else self._core.open_inside()
         try:
-            thread = threading.Thread(target=self._copy, args=(taking, done), name="corral-snapshot", daemon=True)
-            self._reactor.add_reader(done, self._copied, done)
-            thread.start()
+            done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            try:
+                thread = threading.Thread(
+                    target=self._copy, args=(taking, inside, done), name="corral-snapshot", daemon=True
+                )
+                self._reactor.add_reader(done, self._copied, done)
+                thread.start()
+            except BaseException:
+                self._reactor.remove_reader(done)
+                os.close(done)
+                raise
         except BaseException:
-            self._reactor.remove_reader(done)
-            os.close(done)
+            if inside is not None:
+                inside.close()
             raise
 
-    def _copy(self, taking: Taking, done: int) -> None:
-        """In its thread. What it reads is not closed before the last one is over (:meth:`when_idle`)."""
+    def _copy(self, taking: Taking, inside: Inside | None, done: int) -> None:
+        """In its thread. The layer is not closed before the last one is over (:meth:`when_idle`)."""
         try:
-            if taking.to is not None:
-                self._core.set_back(taking.to)
+            if taking.to is not None and inside is not None:
+                try:
+                    self._core.set_back(taking.to, inside)
+                finally:
+                    inside.close()
                 self._result = taking.to
                 return
             self._result = keep(
@@ -163,6 +195,8 @@ class Snapshots:
         os.close(done)
         result, self._result = self._result, None
         if self._returns:
+            if isinstance(result, KeptLayer) and (why := self._why_not()):
+                result = CorralError(why)
             if not isinstance(result, KeptLayer):
                 self._core.kill(f"its files could not be set back: {result}")
             else:
@@ -181,7 +215,7 @@ class Snapshots:
         self._end(result)
 
     def _why_not(self) -> str:
-        """Why what was copied is no snapshot, or nothing."""
+        """Why what was copied is no snapshot, or what was set back is not what there is; or nothing."""
         taking = self._current
         assert taking is not None  # noqa: S101 - for the type checker
         try:
@@ -191,6 +225,8 @@ class Snapshots:
                 return ""
         except CorralError as error:
             return str(error)
+        if taking.to is not None:
+            return self._core.end_reason or "something inside went on meanwhile"
         return self._core.end_reason or "something inside went on while a snapshot was taken; take another"
 
     def _end(self, result: KeptLayer | BaseException | None) -> None:
@@ -202,9 +238,4 @@ class Snapshots:
         try:
             taking.on_taken(answer)  # which may ask for another
         finally:
-            if not self.busy and self._waiting:
-                self._begin()
-            if not self.busy:
-                idle, self._on_idle = self._on_idle, []
-                for callback in idle:
-                    callback()
+            self._go_on()

@@ -87,7 +87,7 @@ class Swapper:
         for path, times in reversed(self._times):
             with suppress(OSError):  # removed since, in the course of another change
                 self._go_to(os.path.dirname(path))
-                os.utime(os.path.basename(path), ns=times, dir_fd=self._directory, follow_symlinks=False)
+                os.utime(os.path.basename(path) or ".", ns=times, dir_fd=self._directory, follow_symlinks=False)
         self._go_to("/")
         os.close(self._directory)
         self._directory = -1
@@ -95,25 +95,17 @@ class Swapper:
     def carry_out(self, change: Change, content: Content, source: int) -> None:
         """``source`` is the file, where there is one. Raises OSError, CorralError."""
         above, name = os.path.split(change.path)
+        name = name or "."  # of a part that is the root itself
         self._go_to(above)
         directory = self._directory
         is_directory = change.file_type is FileType.DIRECTORY
         if change.kind is ChangeKind.DELETED:
             remove_tree(directory, name)
             return
-        stays = change.kind in (ChangeKind.MODE, ChangeKind.OWNER) or (
-            is_directory and change.type_before is FileType.DIRECTORY
-        )
-        if not stays:
+        if not self._stays(change, name):
             if change.type_before is not None:
                 remove_tree(directory, name)
-            if content.inode and content.inode in self._made:
-                where, _, called = self._made[content.inode].rpartition("/")
-                first = open_components(self._root, where.split("/")[1:])
-                try:
-                    os.link(called, name, src_dir_fd=first, dst_dir_fd=directory, follow_symlinks=False)
-                finally:
-                    os.close(first)
+            if self._link(content, name):
                 return
             self._make(change, content, name, source)
             if content.inode:
@@ -121,6 +113,34 @@ class Swapper:
         self._finish(change, content, name)
         if is_directory:
             self._times.append((change.path, content.times))
+
+    def _stays(self, change: Change, name: str) -> bool:
+        """Whether it is only given other attributes. A file with other names is not: they would get these too."""
+        if change.file_type is FileType.DIRECTORY:
+            return change.type_before is FileType.DIRECTORY
+        if change.kind not in (ChangeKind.MODE, ChangeKind.OWNER):
+            return False
+        return (
+            change.file_type is not FileType.FILE
+            or os.stat(name, dir_fd=self._directory, follow_symlinks=False).st_nlink == 1
+        )
+
+    def _link(self, content: Content, name: str) -> bool:
+        """Makes ``name`` one more of a file that was made already, if it is one and can be: not in another part, which
+        is another file system inside."""
+        if content.inode not in self._made:
+            return False
+        where, _, called = self._made[content.inode].rpartition("/")
+        first = open_components(self._root, where.split("/")[1:])
+        try:
+            os.link(called, name, src_dir_fd=first, dst_dir_fd=self._directory, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EMLINK):
+                raise
+            return False
+        finally:
+            os.close(first)
+        return True
 
     def _make(self, change: Change, content: Content, name: str, source: int) -> None:
         directory = self._directory
@@ -130,6 +150,10 @@ class Swapper:
             os.symlink(content.target, name, dir_fd=directory)
         elif change.file_type is FileType.FIFO:
             os.mkfifo(name, 0o600, dir_fd=directory)
+        elif (
+            change.file_type is FileType.SOCKET
+        ):  # of the host: a name to which nobody listens, as the overlay shows it
+            os.mknod(name, stat.S_IFSOCK | 0o600, dir_fd=directory)
         elif change.file_type is FileType.FILE and source >= 0:
             fd = os.open(name, _MAKE, 0o600, dir_fd=directory)
             try:
@@ -137,7 +161,7 @@ class Swapper:
             finally:
                 os.close(fd)
         else:
-            raise CorralError(f"{change.path!r} is a {change.file_type.value}, which no layer holds")
+            raise CorralError(f"{change.path!r} is a {change.file_type.value}, which cannot be made in a sandbox")
 
     def _finish(self, change: Change, content: Content, name: str) -> None:
         directory = self._directory
@@ -146,10 +170,10 @@ class Swapper:
             own if told in (None, NOBODY) else told
             for told, own in zip(change.owner_after or (None, None), self._owner, strict=True)
         )
-        if change.file_type in (FileType.SYMLINK, FileType.FIFO):
+        if change.file_type not in (FileType.FILE, FileType.DIRECTORY):
             os.chown(name, *owner, dir_fd=directory, follow_symlinks=False)
-            if change.file_type is FileType.FIFO:
-                os.chmod(name, (change.mode_after or 0) & 0o1777, dir_fd=directory)
+            if change.file_type is not FileType.SYMLINK:
+                _set_mode(directory, name, (change.mode_after or 0) & 0o1777)
             os.utime(name, ns=content.times, dir_fd=directory, follow_symlinks=False)
             return
         fd = os.open(name, OPEN_FILE, dir_fd=directory)
@@ -171,6 +195,18 @@ class Swapper:
         if self._directory >= 0:
             os.close(self._directory)
         self._above, self._directory = above, found
+
+
+def _set_mode(directory: int, name: str, mode: int) -> None:
+    """chmod(2) of what is no link. One that is put there meanwhile must not be followed: it would lead through the
+    host's files, as this process's root is the host's."""
+    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        if stat.S_ISLNK(os.fstat(fd).st_mode):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), name)
+        os.chmod(f"/proc/self/fd/{fd}", mode)
+    finally:
+        os.close(fd)
 
 
 def _copy(source: int, target: int) -> None:
