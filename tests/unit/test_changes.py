@@ -307,3 +307,24 @@ def test_names_are_quoted_as_git_quotes_them() -> None:
     assert patch._quote('q"\\\n\t\x1b') == '"q\\"\\\\\\n\\t\\033"'
     assert patch._quote("caf\u00e9") == '"caf\\303\\251"'
     assert patch._quote(os.fsdecode(b"\xff")) == '"\\377"'
+
+
+def test_what_this_machine_cannot_look_at_is_not_taken_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without descriptors each directory would look empty, and what is set back would lose them."""
+    (tmp_path / "dir").mkdir()
+    root = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def none_left(*_: object, **__: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    try:
+        with Walk({UPPER: root}, "/") as walk:
+            assert walk.open(UPPER, "missing") == -1
+            monkeypatch.setattr(os, "open", none_left)
+            with pytest.raises(OSError, match="Too many open files"):
+                walk.enter("dir", "/dir", (UPPER,))
+    finally:
+        monkeypatch.undo()
+        os.close(root)

@@ -32,7 +32,7 @@ from corral.sandbox.compare import (
 )
 from corral.sandbox.mounts import mounted_below
 from corral.sandbox.ownership import SAME_IDS, Ids, OwnerMap, owners_from_json, owners_to_json
-from corral.sandbox.trees import MAX_DEPTH, OPEN_DIRECTORY, UPPER, Level, Unreadable, Walk
+from corral.sandbox.trees import OPEN_DIRECTORY, UPPER, Level, Unreadable, Walk
 from corral.sandbox.view import Changeable
 
 
@@ -266,8 +266,8 @@ class PartComparison:
             if walk.enter(name, path, (*after.trees, *(tree for tree in merged if tree not in after.trees))):
                 self._sides.append((merged, after.trees))
                 self._list(walk.current)
-            elif len(walk.levels) >= MAX_DEPTH:
-                self.unlisted += 1
+            elif after.trees:
+                self.unlisted += 1  # too deep, or gone meanwhile
 
     def _is_one(self, before: Below, after: Below) -> bool:
         """Whether both sides show the same thing."""

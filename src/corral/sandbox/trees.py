@@ -6,8 +6,10 @@ Rules, for everything that looks into a layer:
   renames or plants while a walk goes on, the walk stays in its trees.
 * Depth costs neither stack nor descriptors. Only the last few levels stay open; one that was closed is opened again
   as ``..`` of its child, and used only if it is still the directory that it was.
-* What vanishes during the walk is skipped. What may not be read raises :class:`Unreadable` where asked for: its owner,
-  with the capabilities of a user namespace, can read it (see :mod:`corral.sandbox.asowner`).
+* What vanishes during the walk is skipped. Where this machine cannot look (no descriptors or memory left, a broken
+  disk), that is an OSError: it must not be taken for something that is not there. What may not be read raises
+  :class:`Unreadable` where asked for: its owner, with the capabilities of a user namespace, can read it (see
+  :mod:`corral.sandbox.asowner`).
 """
 
 from __future__ import annotations
@@ -31,6 +33,9 @@ OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLO
 
 class Unreadable(Exception):
     """An entry may not be read with the ids and capabilities of this process."""
+
+
+_CANNOT_LOOK = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO))
 
 
 def is_whiteout(status: os.stat_result) -> bool:
@@ -116,8 +121,8 @@ class Walk:
             return os.listdir(fd)
         except PermissionError as error:
             self._unreadable(error)
-        except OSError:
-            pass
+        except OSError as error:
+            _skip(error)
         return []
 
     def status(self, tree: int, name: str) -> os.stat_result | None:
@@ -130,8 +135,8 @@ class Walk:
         except PermissionError as error:
             if tree in self.uppers:
                 self._unreadable(error)
-        except OSError:
-            pass
+        except OSError as error:
+            _skip(error)
         return None
 
     def open(self, tree: int, name: str, flags: int = OPEN_FILE) -> int:
@@ -146,8 +151,8 @@ class Walk:
             status = self.status(tree, name)
             if tree in self.uppers or (status is not None and status.st_uid == os.geteuid()):
                 self._unreadable(error)
-        except OSError:
-            pass
+        except OSError as error:
+            _skip(error)
         return -1
 
     def enter(self, name: str, path: str | None, trees: Sequence[int]) -> bool:
@@ -212,6 +217,11 @@ class Walk:
     def _unreadable(self, error: PermissionError) -> None:
         if self.raise_unreadable:
             raise Unreadable(str(error)) from None
+
+
+def _skip(error: OSError) -> None:
+    if error.errno in _CANNOT_LOOK:
+        raise error
 
 
 def _identity(fd: int) -> tuple[int, int]:
