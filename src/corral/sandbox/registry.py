@@ -253,6 +253,8 @@ class _Client:
     def _wait_frozen(self, core: Core, tries: int = 2000) -> None:
         if core.state is State.ENDED or core.frozen():
             self._answer({"done": True})
+        elif core.state is not State.FROZEN:
+            self._answer({"error": "it was thawed before all had stopped", "exit_code": 125})
         elif tries == 0:
             core.kill("it could not be frozen")
             self._answer({"error": "it could not be frozen and was killed", "exit_code": 125})
