@@ -11,7 +11,6 @@ import pytest
 
 from corral.errors import CorralError
 from corral.sandbox.changes import Change, ChangeKind, FileType
-
 from corral.sandbox.restore import _check_readable, _is_covered
 from corral.sandbox.swap import Content, Swapper, content_of, open_source
 

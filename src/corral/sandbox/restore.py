@@ -149,7 +149,7 @@ class _Work:
 
 
 def _is_covered(change: Change, covers: Sequence[str]) -> bool:
-    """Whether it is of something that is not seen inside. Raises CorralError where it would remove what is mounted on."""
+    """Whether it is not seen inside. Raises CorralError where something is mounted in what would be removed."""
     if not covers:
         return False
     if any(f"{change.path}/".startswith(f"{cover}/") for cover in covers):

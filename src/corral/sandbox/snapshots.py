@@ -11,6 +11,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from corral.errors import CorralError, SandboxClosed
@@ -30,6 +32,7 @@ STAND_STILL = 10.0
 _LOOK_AGAIN = 0.001
 
 OnTaken = Callable[["KeptLayer | CorralError"], None]
+_Result = KeptLayer | BaseException | None
 
 
 class Taking:
@@ -55,7 +58,7 @@ class Snapshots:
         self._current: Taking | None = None
         self._on_idle: deque[Callable[[], None]] = deque()
         self._is_going_on = False
-        self._result: KeptLayer | BaseException | None = None
+        self._before = self.since
 
     @property
     def busy(self) -> bool:
@@ -148,52 +151,64 @@ class Snapshots:
     def _start(self) -> None:
         taking = self._current
         assert taking is not None  # noqa: S101 - for the type checker
-        inside = None if taking.to is None else self._core.open_inside()
+        if taking.to is None:
+            self._before = replace(self.since)
+            self._in_thread(partial(self._keep, taking), self._copied)
+            return
+        inside = self._core.open_inside()
         try:
-            done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            try:
-                thread = threading.Thread(
-                    target=self._copy, args=(taking, inside, done), name="corral-snapshot", daemon=True
-                )
-                self._reactor.add_reader(done, self._copied, done)
-                thread.start()
-            except BaseException:
-                self._reactor.remove_reader(done)
-                os.close(done)
-                raise
+            self._in_thread(partial(self._set_back, taking.to, inside), self._copied)
         except BaseException:
-            if inside is not None:
-                inside.close()
+            inside.close()
             raise
 
-    def _copy(self, taking: Taking, inside: Inside | None, done: int) -> None:
-        """In its thread. The layer is not closed before the last one is over (:meth:`when_idle`)."""
-        try:
-            if taking.to is not None and inside is not None:
-                try:
-                    self._core.set_back(taking.to, inside)
-                finally:
-                    inside.close()
-                self._result = taking.to
-                return
-            self._result = keep(
-                self._core.prepared,
-                self._core.layer_fd,
-                identifier=new_id(),
-                name=taking.name,
-                step=taking.step,
-                unchanged=True,
-                since=self.since,
-            )
-        except BaseException as error:  # it is the answer
-            self._result = error
-        finally:
-            os.eventfd_write(done, 1)
+    def _in_thread(self, work: Callable[[], _Result], then: Callable[[_Result], None]) -> None:
+        """Does it in a thread of its own, and calls back with what came of it, or with its error."""
+        done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        came: list[_Result] = []
 
-    def _copied(self, done: int) -> None:
-        self._reactor.remove_reader(done)
-        os.close(done)
-        result, self._result = self._result, None
+        def run() -> None:
+            try:
+                came.append(work())
+            except BaseException as error:  # it is the answer
+                came.append(error)
+            finally:
+                os.eventfd_write(done, 1)
+
+        def over() -> None:
+            self._reactor.remove_reader(done)
+            os.close(done)
+            then(came[0])
+
+        try:
+            thread = threading.Thread(target=run, name="corral-snapshot", daemon=True)
+            self._reactor.add_reader(done, over)
+            thread.start()
+        except BaseException:
+            self._reactor.remove_reader(done)
+            os.close(done)
+            raise
+
+    def _set_back(self, layer: KeptLayer, inside: Inside) -> KeptLayer:
+        try:
+            self._core.set_back(layer, inside)
+        finally:
+            inside.close()
+        return layer
+
+    def _keep(self, taking: Taking) -> KeptLayer | None:
+        """What it reads is not closed before the last one is over (:meth:`when_idle`)."""
+        return keep(
+            self._core.prepared,
+            self._core.layer_fd,
+            identifier=new_id(),
+            name=taking.name,
+            step=taking.step,
+            unchanged=True,
+            since=self.since,
+        )
+
+    def _copied(self, result: _Result) -> None:
         if self._returns:
             if isinstance(result, KeptLayer) and (why := self._why_not()):
                 result = CorralError(why)
@@ -207,12 +222,21 @@ class Snapshots:
             if not why and not self._core.tell_snapshot(result):
                 why = "it cannot be recorded"
             if why:
-                try:
-                    result.discard()
-                except CorralError as error:
-                    why = f"{why}; {error}"
-                result = CorralError(why)
+                self._discard(result, why)
+                return
         self._end(result)
+
+    def _discard(self, layer: KeptLayer, why: str) -> None:
+        """Not in the reactor's thread either: it may be of a million files."""
+        self.since = self._before
+
+        def discarded(result: _Result) -> None:
+            self._end(CorralError(f"{why}; {result}" if result is not None else why))
+
+        try:
+            self._in_thread(layer.discard, discarded)
+        except (OSError, RuntimeError) as error:
+            self._end(CorralError(f"{why}; what was copied stays as layer {layer.id}: {error}"))
 
     def _why_not(self) -> str:
         """Why what was copied is no snapshot, or what was set back is not what there is; or nothing."""
@@ -229,7 +253,7 @@ class Snapshots:
             return self._core.end_reason or "something inside went on meanwhile"
         return self._core.end_reason or "something inside went on while a snapshot was taken; take another"
 
-    def _end(self, result: KeptLayer | BaseException | None) -> None:
+    def _end(self, result: _Result) -> None:
         taking, self._current = self._current, None
         assert taking is not None  # noqa: S101 - for the type checker
         if not taking.was_frozen:
