@@ -607,6 +607,22 @@ async def test_nobody_else_lets_it_go_on_while_it_goes_back(make_box: MakeBox, m
     assert (await box.exec(["ls"])).text == "file.txt\n"
 
 
+async def test_a_freeze_that_is_undone_at_once_is_not_the_end(
+    make_box: MakeBox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = await make_box()
+    monkeypatch.setattr(Core, "frozen", lambda _: False)  # so long it takes
+    connection, entry = await asyncio.to_thread(registry.find_sandbox, box.id)
+    try:
+        for verb in ("freeze", "thaw"):
+            registry.send(connection.socket, {"verb": verb, "id": entry.id})
+        assert (await asyncio.to_thread(connection.answer))[0] == {"done": True}
+        with pytest.raises(RequestError, match="thawed before"):
+            await asyncio.to_thread(connection.answer)
+    finally:
+        connection.close()
+
+
 async def _begun(box: Sandbox) -> None:
     while not box.core.is_kept_still:
         await asyncio.sleep(0)

@@ -6,13 +6,18 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
-from corral.errors import CorralError
+from corral.errors import CorralError, RequestError
 from corral.sandbox.changes import Change, ChangeKind, FileType
-from corral.sandbox.restore import _check_readable, _is_covered
+from corral.sandbox.layer import KeptLayer
+from corral.sandbox.prepare import Prepared
+from corral.sandbox.restore import _check_readable, _is_covered, check_fits
 from corral.sandbox.swap import Content, Swapper, content_of, open_source
+from corral.sandbox.view import Changeable
 
 OWNER = (os.geteuid(), os.getegid())
 
@@ -104,6 +109,20 @@ def test_a_socket_of_the_host_becomes_a_name_to_which_nobody_listens(inside: tup
     swapper, place = inside
     set_back(swapper, Change("workspace", "/s", ChangeKind.ADDED, FileType.SOCKET, mode_after=0o755))
     assert stat.S_ISSOCK((place / "s").lstat().st_mode) and mode_of(place / "s") == 0o755
+
+
+def test_a_layer_of_another_root_does_not_fit() -> None:
+    """What this one's files would be compared with are those of the other."""
+
+    def has(lower: str, base: str = "") -> SimpleNamespace:
+        part = Changeable("root", "/", (base, lower) if base else (lower,), base)
+        return SimpleNamespace(
+            view=SimpleNamespace(parts=(part,)), parts=(part,), directory="/w", workspace="/w", id="a"
+        )
+
+    check_fits(cast(Prepared, has("/one", "/layer")), cast(KeptLayer, has("/one")))
+    with pytest.raises(RequestError, match="another root"):
+        check_fits(cast(Prepared, has("/one")), cast(KeptLayer, has("/other")))
 
 
 def test_what_lies_below_a_mount_is_left_alone() -> None:

@@ -39,9 +39,13 @@ def check_fits(prepared: Prepared, target: KeptLayer) -> None:
     """Raises RequestError for a layer that the files of a sandbox cannot become."""
     if target.workspace != prepared.directory:
         raise RequestError(f"the layer {target.id} is of the workspace {target.workspace}, not of {prepared.directory}")
-    missing = {part.path for part in target.parts} - {part.path for part in prepared.view.parts}
+    own = prepared.view.parts
+    missing = {part.path for part in target.parts} - {part.path for part in own}
     if missing:
         raise RequestError(f"the layer has {min(missing)}, which this sandbox does not let be changed")
+    roots = [{part.without_base().lowers for part in parts if part.path == "/"} for parts in (own, target.parts)]
+    if roots[0] != roots[1]:
+        raise RequestError(f"the layer {target.id} is of another root file system")
 
 
 @dataclass(frozen=True, slots=True)
