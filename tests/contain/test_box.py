@@ -27,6 +27,7 @@ from corral import (
     SandboxClosed,
     SyncSandbox,
 )
+from corral.policy.load import parse_policy
 from corral.policy.model import MIB, Environment, Resources
 from corral.sandbox.changes import Change, ChangeKind
 from corral.sandbox.core import State
@@ -556,3 +557,22 @@ def test_an_interrupted_call_ends_its_command(workspace: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             box.exec(["sleep", "1003"])
         assert "sleep" not in box.exec(["sh", "-c", "sleep 0.2 >/dev/null; ps -eo args"]).text.replace("sleep 0.2", "")
+
+
+async def test_what_policy_denies_stays_covered_whatever_is_written_there(make_box: MakeBox, workspace: Path) -> None:
+    """To the kernel, whoever works in the host's mount namespace may remove what is covered in another."""
+    for name in ("secret", "dir/secret"):
+        (workspace / name).parent.mkdir(exist_ok=True)
+        (workspace / name).write_text("secret")
+    denied = [f"{workspace}/{name}" for name in ("secret", "dir/secret", "later")]
+    box = await make_box(policy=parse_policy(f"filesystem: {{deny: {denied}}}\n", source="test.yaml"))
+    for path in denied:
+        with pytest.raises(RequestError, match="mounted"):
+            await box.write_file(path, b"content")
+    with closing(box.files()) as files:
+        for path in (*denied, f"{workspace}/dir"):
+            with pytest.raises(RequestError, match="mounted"):
+                files.remove(path, recursive=True)
+    (workspace / "later").write_text("secret")
+    look = await box.exec(["sh", "-c", f"cat {' '.join(denied)}; stat -c %F {' '.join(denied)}"])
+    assert look.text == "character special file\n" * 3

@@ -193,6 +193,7 @@ class Inside:
                 yield write
                 with self.acting():
                     os.fchmod(fd, mode)
+                    _refuse_mounted(parent, name)
                     os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
             except BaseException:
                 with self.acting(), suppress(OSError):
@@ -228,6 +229,14 @@ def make_path(root: int, path: bytes) -> None:
     os.close(open_path(root, done or b"/", directory=True))
 
 
+def _refuse_mounted(parent: int, name: bytes) -> None:
+    """Refuses to remove, or to put something in the place of, what is covered inside, as by ``filesystem.deny``. To the
+    kernel this process, in the host's mount namespace, may; the cover would come off (unlink(2), rename(2)). Nobody
+    inside can mount, so it is enough to look before. Raises OSError (EXDEV)."""
+    with suppress(FileNotFoundError):
+        os.close(open_entry(parent, name, same_mount=True))
+
+
 def _remove_tree(parent: int, name: bytes, depth: int, budget: int) -> int:
     """Removes a directory and returns what is left of ``budget`` entries. Never leaves its mount."""
     if depth > MAX_DEPTH:
@@ -243,6 +252,7 @@ def _remove_tree(parent: int, name: bytes, depth: int, budget: int) -> int:
                 budget = _remove_tree(place, child, depth + 1, budget)
             else:
                 with suppress(FileNotFoundError):
+                    _refuse_mounted(place, child)
                     os.unlink(child, dir_fd=place)
     os.rmdir(name, dir_fd=parent)
     return budget
@@ -320,6 +330,7 @@ class Files:
             head, name = split(encode(path).rstrip(b"/"))
             with self._inside.root() as root, self._inside.acting():
                 with closing(open_path(root, head, directory=True)) as parent:
+                    _refuse_mounted(parent, name)
                     try:
                         os.unlink(name, dir_fd=parent)
                     except IsADirectoryError:
