@@ -36,6 +36,8 @@ from corral.sandbox.prepare import Prepared
 from corral.sandbox.view import HOME
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from corral.log.asciicast import Tape
     from corral.sandbox.copying import Since
     from corral.sandbox.layer import KeptLayer
@@ -96,8 +98,8 @@ class _Running:
 
 
 class Chronicle(Protocol):
-    """Is told of the life of a sandbox: of each command before it starts, of going back before it happens, and of
-    snapshots and ends when they have come.
+    """Is told of the life of a sandbox: of each command before it starts, of going back before it happens (and then
+    that is durable), and of snapshots and ends when they have come.
 
     Each raises where it cannot be recorded; the sandbox then ends (I3).
     """
@@ -108,7 +110,8 @@ class Chronicle(Protocol):
 
     def snapshot_taken(self, layer: KeptLayer) -> None: ...
 
-    def restoring(self, layer: KeptLayer) -> None: ...
+    def restoring(self, layer: KeptLayer, then: Callable[[Exception | None], None]) -> None:
+        """``then`` is called, by any thread, when it is durable, or with why it may never be."""
 
     def ended(self, reason: str) -> None: ...
 
@@ -420,9 +423,22 @@ class Core:
         """Whether it is recorded that there is one; if it cannot be, this is the end."""
         return self._tell(lambda chronicle: chronicle.snapshot_taken(layer))
 
-    def tell_restoring(self, layer: KeptLayer) -> bool:
-        """Whether it is recorded that its files are about to be set back; if it cannot be, this is the end."""
-        return self._tell(lambda chronicle: chronicle.restoring(layer))
+    def tell_restoring(self, layer: KeptLayer) -> Future[None] | None:
+        """Records that its files are about to be set back; what is returned is done when that is durable. None if it
+        cannot be: this is the end."""
+        from concurrent.futures import Future  # takes long to load
+
+        safe: Future[None] = Future()
+
+        def then(error: Exception | None) -> None:
+            if error is None:
+                safe.set_result(None)
+            else:
+                safe.set_exception(SandboxClosed("it cannot be recorded"))
+
+        if self._chronicle is None:
+            then(None)
+        return safe if self._tell(lambda chronicle: chronicle.restoring(layer, then)) else None
 
     def end_others(self, to: KeptLayer | None) -> bool:
         """Kills what must not see its files go back to a layer, while all stands still, and notes it for whoever waits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from corral.actions import Origin
@@ -99,8 +99,9 @@ class Recorder:
     def snapshot_taken(self, layer: KeptLayer) -> None:
         self.session.record(SnapshotTaken(layer.id, layer.name, layer.parent, layer.step, layer.count, layer.size))
 
-    def restoring(self, layer: KeptLayer) -> None:
+    def restoring(self, layer: KeptLayer, then: Callable[[Exception | None], None]) -> None:
         self.session.record(FilesSet(layer.id))
+        self.session.when_safe(then)
 
     def tape(self, number: int, argv: Sequence[str], size: tuple[int, int] | None) -> Tape | None:
         return None if self.contents is None else self.contents.tape(number, " ".join(argv)[:MAX_TITLE], size)

@@ -24,6 +24,8 @@ from corral.sandbox.prepare import new_id
 from corral.sandbox.restore import check_fits
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from corral.sandbox.core import Core
     from corral.sandbox.restore import Inside
 
@@ -38,13 +40,15 @@ _Result = KeptLayer | BaseException | None
 class Taking:
     """A snapshot that was asked for, or, with a layer, going back to that."""
 
-    __slots__ = ("abandoned", "name", "on_taken", "step", "to", "was_frozen")
+    __slots__ = ("abandoned", "name", "on_taken", "recorded", "step", "to", "was_frozen")
 
     def __init__(self, on_taken: OnTaken, name: str = "", step: int | None = None, to: KeptLayer | None = None) -> None:
         self.on_taken, self.name, self.step, self.to = on_taken, name, step, to
         self.abandoned = False
         """Nobody would know of the snapshot: it is discarded once it is there."""
         self.was_frozen = False
+        self.recorded: Future[None] | None = None
+        """Of going back: done when it is durable that this happens."""
 
 
 class Snapshots:
@@ -117,8 +121,10 @@ class Snapshots:
 
         taking.was_frozen = core.state is State.FROZEN
         try:
-            if taking.to is not None and not core.tell_restoring(taking.to):
-                raise SandboxClosed("it cannot be recorded")
+            if taking.to is not None:
+                taking.recorded = core.tell_restoring(taking.to)
+                if taking.recorded is None:
+                    raise SandboxClosed("it cannot be recorded")
             if not taking.was_frozen:
                 core.freeze()
         except CorralError as error:
@@ -157,7 +163,7 @@ class Snapshots:
             return
         inside = self._core.open_inside()
         try:
-            self._in_thread(partial(self._set_back, taking.to, inside), self._copied)
+            self._in_thread(partial(self._set_back, taking.to, inside, taking.recorded), self._copied)
         except BaseException:
             inside.close()
             raise
@@ -189,8 +195,10 @@ class Snapshots:
             os.close(done)
             raise
 
-    def _set_back(self, layer: KeptLayer, inside: Inside) -> KeptLayer:
+    def _set_back(self, layer: KeptLayer, inside: Inside, recorded: Future[None] | None) -> KeptLayer:
         try:
+            if recorded is not None:
+                recorded.result()
             self._core.set_back(layer, inside)
         finally:
             inside.close()
