@@ -328,3 +328,22 @@ def test_what_this_machine_cannot_look_at_is_not_taken_for_nothing(
     finally:
         monkeypatch.undo()
         os.close(root)
+
+
+def test_what_is_deeper_than_is_ever_looked_at_can_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody could get rid of a layer that an agent has made so, and its disk space."""
+    monkeypatch.setattr("corral.sandbox.trees.MAX_DEPTH", depth := 60)
+    place = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    os.mkdir("deep", dir_fd=place)
+    fd = os.open("deep", os.O_RDONLY | os.O_DIRECTORY, dir_fd=place)
+    for _ in range(2 * depth + 10):
+        os.close(os.open("file", os.O_WRONLY | os.O_CREAT, dir_fd=fd))
+        os.mkdir("d", dir_fd=fd)
+        below = os.open("d", os.O_RDONLY | os.O_DIRECTORY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(fd)
+    gone: list[os.stat_result] = []
+    remove_tree(place, "deep", removed=gone.append)
+    os.close(place)
+    assert os.listdir(tmp_path) == [] and len(gone) == 2 * (2 * depth + 10) + 1

@@ -18,6 +18,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 
 OPAQUE = "user.overlay.opaque"
 OVERLAY_PREFIX = "user.overlay."
@@ -280,6 +281,12 @@ def _empty(walk: Walk, removed: Callable[[os.stat_result], None] | None) -> None
             if error.errno not in (errno.EISDIR, errno.EPERM):
                 raise
         _make_accessible(directory, name)
+        if len(walk.levels) >= MAX_DEPTH:
+            # However deep it is, its parts are emptied one after the other, from the top.
+            top, moved = walk.levels[0], f".corral-deep-{os.urandom(8).hex()}"
+            os.rename(name, moved, src_dir_fd=directory, dst_dir_fd=top.fds[UPPER])
+            top.names = chain(top.names, (moved,))
+            continue
         if not walk.enter(name, None, (UPPER,)):
             raise OSError(errno.ENOTEMPTY, "a directory cannot be entered to empty it")
         walk.current.names = iter(walk.list(UPPER))
