@@ -576,3 +576,24 @@ async def test_what_policy_denies_stays_covered_whatever_is_written_there(make_b
     (workspace / "later").write_text("secret")
     look = await box.exec(["sh", "-c", f"cat {' '.join(denied)}; stat -c %F {' '.join(denied)}"])
     assert look.text == "character special file\n" * 3
+
+
+async def test_what_is_missing_at_the_start_stays_denied_when_what_is_above_it_is_moved(
+    make_box: MakeBox, workspace: Path
+) -> None:
+    denied = [f"{workspace}/{name}" for name in ("a/b/.env", "a/c")]
+    policy = f"filesystem: {{deny: {denied}, restore_keeps: ['**/sleep']}}\n"
+    box = await make_box(policy=parse_policy(policy, source="test.yaml"))
+    begin = await box.snapshot()
+    for source, target in (("a", "z"), ("a/b", "a/z")):
+        rename = f"import os; os.rename({source!r}, {target!r})"
+        assert (await box.exec(["python3", "-c", rename])).exit_code != 0
+    await box.exec(["sh", "-c", "echo >a/new"])  # where it is one's own
+    (workspace / "a" / "b").mkdir(parents=True)
+    for path in denied:
+        Path(path).write_text("secret")
+    look = f"cat {' '.join(denied)}; stat -c %F {' '.join(denied)}; ls a"
+    for _ in range(2):
+        assert (await box.exec(["sh", "-c", look])).stdout.startswith(b"character special file\n" * 2)
+        await box.restore(begin)
+    assert (await box.exec(["ls", "a"])).text == "b\nc\n"

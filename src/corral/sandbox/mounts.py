@@ -17,6 +17,21 @@ def mount_points(process: int | str = "self") -> list[str]:
         return [unescape(line.split(" ", 5)[4]) for line in lines]
 
 
+def cover_points(process: int) -> list[str]:
+    """As :func:`mount_points` of a process, without places on which just they themselves are mounted (``anchor`` of
+    :mod:`corral.sandbox.view`): they show what lies below."""
+    with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        rows = [line.split(" ", 5) for line in lines]
+    mounts = {number: (device, unescape(root), unescape(point)) for number, _, device, root, point, _ in rows}
+    found = []
+    for number, parent, *_ in rows:
+        device, root, point = mounts[number]
+        above, above_root, above_point = mounts.get(parent, ("", "", ""))
+        if device != above or root != above_root.rstrip("/") + point[len(above_point.rstrip("/")) :]:
+            found.append(point)
+    return found
+
+
 def mounted_below(path: str, points: Sequence[str] | None = None) -> list[str]:
     """Mount points strictly below ``path``; ``points`` are those of a moment ago, where the caller has them."""
     prefix = path.rstrip("/") + "/"

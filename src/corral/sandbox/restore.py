@@ -25,7 +25,7 @@ from corral.sandbox.between import PartComparison, Side, go_through, side_from_j
 from corral.sandbox.changes import Change, ChangeKind, FileType, from_json, to_json
 from corral.sandbox.identity import AGENT_ID
 from corral.sandbox.layer import KeptLayer, owners_of
-from corral.sandbox.mounts import mount_points, mounted_below
+from corral.sandbox.mounts import cover_points, mounted_below
 from corral.sandbox.ownership import NOBODY
 from corral.sandbox.prepare import Prepared
 from corral.sandbox.swap import Content, Swapper, content_of, open_source
@@ -66,7 +66,7 @@ class Inside:
         opened: list[int] = []
         try:
             opened += [os.dup(root), os.open(f"/proc/{first}/ns/user", os.O_RDONLY | os.O_CLOEXEC)]
-            return cls(opened[0], opened[1], tuple(mount_points(first)))
+            return cls(opened[0], opened[1], tuple(cover_points(first)))
         except OSError as error:
             for fd in opened:
                 os.close(fd)

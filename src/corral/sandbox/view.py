@@ -162,6 +162,7 @@ class _Builder:
         self.writable: list[str] = []
         self.covered: list[str] = []
         self.mounted = mount_points()
+        self.anchored: set[str] = set()
         self.used: set[str] = set()
         """Where the base was laid."""
 
@@ -275,10 +276,26 @@ class _Builder:
             lower = next((f"{tree}{below}" for tree in part.lowers if os.path.exists(f"{tree}{below}")), "")
             if not lower:
                 self.place(path, is_directory=False)
+                self._anchor(part, os.path.dirname(path))
         if lower and os.path.isdir(lower):
             self.plan.bind(NOTHING, path, origin=Origin.LAYER, attributes=Attribute.READ_ONLY)
         else:
             self.plan.bind("/dev/null", path, origin=Origin.ROOT, attributes=Attribute.READ_ONLY)
+
+    def _anchor(self, part: Changeable, directory: str) -> None:
+        """Mounts a directory that is missing on the host, and those above it, on themselves: a mount point cannot be
+        renamed (rename(2), EBUSY). Else the cover would go with it, and what the host makes there would be seen."""
+        missing = []
+        while len(directory) > len(part.path):
+            below = directory[len(part.path.rstrip("/")) :]
+            if any(os.path.lexists(f"{tree}{below}") for tree in part.lowers):
+                break
+            missing.append(directory)
+            directory = os.path.dirname(directory)
+        for each in reversed(missing):
+            if each not in self.anchored:
+                self.anchored.add(each)
+                self.plan.bind(each, each, origin=Origin.ROOT)
 
 
 def _owner(identity: Identity, wanted: int) -> int:
