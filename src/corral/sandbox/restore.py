@@ -32,7 +32,7 @@ from corral.sandbox.swap import Content, Swapper, content_of, open_source
 
 _LENGTH = struct.Struct("!I")
 _MAX_MESSAGE = 1 << 20
-"""Bytes: a path, and the extended attributes of one file, which Linux bounds at 64 KiB together."""
+"""Bytes: a path, and the extended attributes of one file, which most file systems bound at 64 KiB together."""
 
 
 def check_fits(prepared: Prepared, target: KeptLayer) -> None:
