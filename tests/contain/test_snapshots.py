@@ -20,11 +20,12 @@ from corral.errors import CorralError, RequestError, SandboxClosed
 from corral.log.events import FilesSet, SnapshotTaken
 from corral.log.places import open_log
 from corral.policy.load import parse_policy
-from corral.sandbox import asowner, registry
+from corral.sandbox import asowner, copying, registry
 from corral.sandbox.apply.proposing import propose
 from corral.sandbox.apply.undo import undo
 from corral.sandbox.box import Sandbox
 from corral.sandbox.changes import ChangeKind
+from corral.sandbox.compare import same_content
 from corral.sandbox.core import Core, State
 from corral.sandbox.layer import KeptLayer, list_layers
 from corral.sandbox.sync import SyncSandbox
@@ -228,6 +229,54 @@ for line in sys.stdin:
         snapshot = await box.snapshot()
         with snapshot.reading() as parts:
             assert Path(f"/proc/self/fd/{parts}/workspace/mapped").read_bytes()[:1] == letter.encode()
+
+
+async def test_content_is_compared_unless_nothing_can_have_run(
+    make_box: MakeBox, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = await make_box()
+    await box.exec(["sh", "-c", "echo 1 >one; echo 2 >two; sleep 0.1"])
+    compared = 0
+
+    def count(*fds: int) -> bool:
+        nonlocal compared
+        compared += 1
+        return same_content(*fds)
+
+    monkeypatch.setattr(copying, "same_content", count)
+
+    async def comparisons() -> int:
+        nonlocal compared
+        compared = 0
+        last = await box.snapshot()
+        with last.reading() as parts:
+            assert Path(f"/proc/self/fd/{parts}/workspace/one").read_bytes() == b"1\n"
+        return compared
+
+    assert await comparisons() == 0  # there is none before it
+    assert await comparisons() == 0
+    await box.write_file(f"{workspace}/two", b"changed")  # from outside, which its times tell
+    assert await comparisons() == 0
+    snapshot = await box.snapshot()
+    with snapshot.reading() as parts:
+        assert Path(f"/proc/self/fd/{parts}/workspace/two").read_bytes() == b"changed"
+    await asyncio.sleep(0.1)
+    await box.snapshot()
+    assert await comparisons() == 0
+    await box.exec(["true"])
+    assert await comparisons() == 2
+    assert await comparisons() == 0
+    process = await box.start_process(["sleep", "600"])
+    assert await comparisons() == 2
+    assert await comparisons() == 2  # it may have a mapping
+    process.kill()
+    await process.wait()
+    assert await comparisons() == 2
+    assert await comparisons() == 0
+    await box.exec(["sh", "-c", "sleep 600 &"])
+    await box.snapshot()
+    assert await comparisons() == 2
+    await box.close()
 
 
 async def test_snapshots_at_once_and_cancelled_ones_disturb_nothing(make_box: MakeBox) -> None:

@@ -92,6 +92,8 @@ class Since:
     files: dict[int, tuple[int, str]] = field(default_factory=dict)
     """Change time and place, by inode number: what is worth to be compared. Renaming a file changes that time, and its
     number is its own while it lives (tmpfs(5))."""
+    is_calm: bool = False
+    """Whether no program can have written anything since, so that these times tell all: then nothing is compared."""
 
     def place(self, status: os.stat_result) -> str:
         """Where a file lies as it is now; nothing where it must be copied."""
@@ -447,8 +449,8 @@ class _Copier:
         return True
 
     def _link_to_earlier(self, source: int, status: os.stat_result, name: str, target: int) -> bool:
-        """Makes a file that is as it was when it was copied before a link to that copy. Its content is compared: what
-        is written through a mapping (mmap(2)) changes no time on tmpfs."""
+        """Makes a file that is as it was when it was copied before a link to that copy. Where a program may have run,
+        content is compared: what is written through a mapping (mmap(2)) changes no time on tmpfs."""
         if self.before is None:
             return False
         directory, since = self.before
@@ -460,7 +462,7 @@ class _Copier:
         except OSError:
             return False
         try:
-            is_same = user_xattrs(source) == user_xattrs(earlier) and same_content(source, earlier)
+            is_same = since.is_calm or (user_xattrs(source) == user_xattrs(earlier) and same_content(source, earlier))
         finally:
             os.close(earlier)
         os.lseek(source, 0, os.SEEK_SET)

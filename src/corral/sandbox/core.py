@@ -30,7 +30,7 @@ from corral.sandbox.denials import Denial, summary
 from corral.sandbox.freezer import Freezer
 from corral.sandbox.identity import ROOT_ID
 from corral.sandbox.launcher import launch
-from corral.sandbox.limits import Accountant, Rlimits, children, end_all_but, exec_limits
+from corral.sandbox.limits import Accountant, Rlimits, children, descendants, end_all_but, exec_limits
 from corral.sandbox.notices import Notices
 from corral.sandbox.prepare import Prepared
 from corral.sandbox.view import HOME
@@ -406,6 +406,16 @@ class Core:
     def is_kept_still(self) -> bool:
         """Whether a snapshot is being taken; no command can be started until :meth:`when_moving`."""
         return self._snapshots is not None and self._snapshots.busy
+
+    @property
+    def commands(self) -> int:
+        """Changes with each command that is started."""
+        return self._next
+
+    def is_alone(self) -> bool:
+        """Whether its first process is the only one, and is not about to start another. Who cannot tell says no."""
+        first = children(self.keeper)
+        return bool(first) and not self._execs and not any(descendants(each) for each in first)
 
     def when_moving(self, callback: Callable[[], None]) -> None:
         """Calls back when no snapshot is being taken: at once, nearly always."""

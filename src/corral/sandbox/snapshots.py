@@ -40,13 +40,15 @@ _Result = KeptLayer | BaseException | None
 class Taking:
     """A snapshot that was asked for, or, with a layer, going back to that."""
 
-    __slots__ = ("abandoned", "name", "on_taken", "recorded", "step", "to", "was_frozen")
+    __slots__ = ("abandoned", "name", "on_taken", "quiet", "recorded", "step", "to", "was_frozen")
 
     def __init__(self, on_taken: OnTaken, name: str = "", step: int | None = None, to: KeptLayer | None = None) -> None:
         self.on_taken, self.name, self.step, self.to = on_taken, name, step, to
         self.abandoned = False
         """Nobody would know of the snapshot: it is discarded once it is there."""
         self.was_frozen = False
+        self.quiet = -1
+        """As :attr:`Snapshots._quiet`, of this one."""
         self.recorded: Future[None] | None = None
         """Of going back: done when it is durable that this happens."""
 
@@ -63,6 +65,8 @@ class Snapshots:
         self._on_idle: deque[Callable[[], None]] = deque()
         self._is_going_on = False
         self._before = self.since
+        self._quiet = -1
+        """Where the last one was taken with nobody inside: how many commands there had been; else -1."""
 
     @property
     def busy(self) -> bool:
@@ -159,6 +163,9 @@ class Snapshots:
         assert taking is not None  # noqa: S101 - for the type checker
         if taking.to is None:
             self._before = replace(self.since)
+            commands = self._core.commands
+            self.since.is_calm = self._quiet == commands
+            taking.quiet = commands if self._core.is_alone() else -1
             self._in_thread(partial(self._keep, taking), self._copied)
             return
         inside = self._core.open_inside()
@@ -217,6 +224,9 @@ class Snapshots:
         )
 
     def _copied(self, result: _Result) -> None:
+        taking = self._current
+        assert taking is not None  # noqa: S101 - for the type checker
+        self.since.is_calm, self._quiet = False, -1
         if self._returns:
             if isinstance(result, KeptLayer) and (why := self._why_not()):
                 result = CorralError(why)
@@ -232,6 +242,7 @@ class Snapshots:
             if why:
                 self._discard(result, why)
                 return
+            self._quiet = taking.quiet
         self._end(result)
 
     def _discard(self, layer: KeptLayer, why: str) -> None:
