@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -37,6 +37,7 @@ class StandIn:
     supervision: Any  # given by tests that need one
     snapshots: Any
     is_kept_still = False
+    waiting: ClassVar[list[Callable[[], None]]] = []
 
     class prepared:  # noqa: N801 - stands for an attribute
         id = "standinx"
@@ -62,6 +63,12 @@ class StandIn:
 
     def when_ended(self, callback: Callable[[], None]) -> None:
         callback()
+
+    def when_moving(self, callback: Callable[[], None]) -> None:
+        if self.is_kept_still:
+            self.waiting.append(callback)
+        else:
+            callback()
 
     def freeze(self) -> None:
         self.state = State.FROZEN
@@ -103,12 +110,20 @@ class Server:
         self.server = registry._servers[threading.get_native_id()]
         self.path = self.server.path
         self.loop.add_reader(self._wake, self.loop.stop)
+        self._poked, self.poke = os.pipe()
+        self.loop.add_reader(self._poked, self._go_on)
         ready.set()
         try:
             self.loop.run()
         except BaseException as error:
             self.crash = error
         registry.unregister(self.core)  # type: ignore[arg-type]
+
+    def _go_on(self) -> None:
+        """In the loop's thread, as the real one does it."""
+        os.read(self._poked, 1)
+        while self.core.waiting:
+            self.core.waiting.pop(0)()
 
     def connect(self) -> registry.Connection:
         return registry.Connection(self.path)
@@ -138,8 +153,8 @@ class Server:
         self._thread.join(10)
         assert not self._thread.is_alive()
         assert self.crash is None, self.crash
-        os.close(self._wake)
-        os.close(self._stop)
+        for fd in (self._wake, self._stop, self._poked, self.poke):
+            os.close(fd)
         os.close(self.core.root_fd)
         self.loop.close()
 
@@ -237,6 +252,38 @@ def test_an_exec_with_wrong_types_is_refused(server: Server, wrong: dict[str, An
     assert answer is not None and answer["error"], answer
     assert len(server.core.commands) == before
     assert server.is_alive()
+
+
+@pytest.mark.parametrize("wrong", [{}, {"argv": 5}, {"env": []}, {"user": []}, {"env": None}], ids=str)
+def test_what_waits_for_a_snapshot_is_answered_then_whatever_it_is(server: Server, wrong: dict[str, Any]) -> None:
+    """And holds one set of descriptors, not one for each time that somebody asks."""
+    core = server.core
+    core.waiting.clear()
+    core.is_kept_still = True
+    try:
+        connection = server.connect()
+        connection.socket.settimeout(5)
+        before = open_descriptors()
+        registry.send(connection.socket, GOOD_EXEC | wrong, (0, 1, 2))
+        for _ in range(5):
+            with pytest.raises(RequestError, match="not answered yet"):
+                connection.ask(GOOD_EXEC, (0, 1, 2))
+        with pytest.raises(RequestError, match="not answered yet"):
+            connection.ask({"verb": "thaw", "id": "standinx"})
+        assert len(core.waiting) == 1
+        core.is_kept_still = False
+        os.write(server.poke, b".")
+        if wrong:
+            with pytest.raises(RequestError):
+                connection.answer()
+        else:
+            assert "started" in connection.answer()[0]
+        assert server.is_alive()
+        assert eventually(lambda: open_descriptors() <= before)
+        connection.close()
+    finally:
+        core.is_kept_still = False
+        core.waiting.clear()
 
 
 @pytest.mark.parametrize("number", [-1, 2**40, 1.5e300, "x", None, [], {}], ids=str)

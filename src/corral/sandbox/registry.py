@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 MAX_MESSAGE = 128 << 10
 MAX_LONG_MESSAGE = 16 << 20
 MAX_CLIENTS = 64
+_LATER = ("exec", "freeze", "restore", "snapshot", "thaw")
+"""What can be answered later, when nothing is being copied."""
 MAX_NAME = 200
 """Characters of what somebody calls a snapshot."""
 KILLED = 128 + signal.SIGKILL
@@ -154,6 +156,8 @@ class _Client:
         self._server, self._connection, self._peer = server, connection, peer
         self._exec: tuple[Core, int] | None = None
         self._taking: Taking | None = None
+        self._waits = False
+        """Whether something was asked for that is answered later: until then nothing more can be asked for."""
         connection.setblocking(False)
         server.reactor.add_reader(connection.fileno(), self._readable)
 
@@ -183,16 +187,39 @@ class _Client:
                 self.close()
                 return
             message, fds = received
-            self._handle(message, fds)
+            self._carry_out(lambda: self._handle(message, fds))
         except BlockingIOError:
             pass
         except CorralError as error:
             self._answer({"error": str(error), "exit_code": error.exit_code})
-        except Exception as error:  # whatever a peer sends, the controller and its sandboxes live on
-            self._answer({"error": f"the request is malformed: {error!r}", "exit_code": 125})
         finally:
             for fd in fds:
                 os.close(fd)
+
+    def _carry_out(self, what: Callable[[], None]) -> None:
+        """What goes wrong is the answer: whatever a peer sends, the controller and its sandboxes live on."""
+        try:
+            what()
+        except CorralError as error:
+            self._answer({"error": str(error), "exit_code": error.exit_code})
+        except Exception as error:
+            self._answer({"error": f"the request is malformed: {error!r}", "exit_code": 125})
+
+    def _later(self, core: Core, what: Callable[[], None], fds: Sequence[int] = ()) -> None:
+        """Does it once no snapshot is being taken and no files go back, if its client still waits then; closes ``fds``
+        after it."""
+        self._waits = True
+
+        def at_last() -> None:
+            self._waits = False
+            try:
+                if self._connection.fileno() >= 0:
+                    self._carry_out(what)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+
+        core.when_moving(at_last)
 
     def _handle(self, message: dict[str, Any], fds: list[int]) -> None:
         verb = message["verb"]
@@ -202,13 +229,15 @@ class _Client:
         core = self._server.cores.get(message["id"])
         if core is None:
             raise RequestError(f"there is no sandbox {message['id']!r} here")
+        if self._waits and verb in _LATER:
+            raise RequestError("what was asked for before on this connection is not answered yet")
         if verb == "kill":
             core.kill("killed by `corral kill`")
             core.when_ended(lambda: self._answer({"done": True}))
         elif verb == "freeze":
-            self._when_moving(core, self._freeze)
+            self._later(core, lambda: self._freeze(core))
         elif verb == "thaw":
-            self._when_moving(core, self._thaw)
+            self._later(core, lambda: self._thaw(core))
         elif verb == "open":
             user = message.get("user", core.prepared.options.user)
             described = _describe(core) | {
@@ -220,11 +249,18 @@ class _Client:
             self._start_moving(core, message, fds)
         elif verb == "snapshot":
             name = check_text("name", str(message.get("name", ""))[:MAX_NAME])
+            self._waits = True
             self._taking = core.snapshots.take(self._taken, name=name)
         elif verb == "restore":
             from corral.sandbox.layer import open_layer
 
-            core.snapshots.restore(self._taken, open_layer(str(message["layer"])))
+            layer = open_layer(str(message["layer"]))
+            self._waits = True
+            try:
+                core.snapshots.restore(self._taken, layer)
+            except RequestError:  # it does not fit
+                self._waits = False
+                raise
         elif verb == "signal" and self._exec:
             self._exec[0].signal(self._exec[1], int(message["number"]))
         elif verb in ("pending", "answer"):
@@ -269,20 +305,8 @@ class _Client:
         core.thaw()
         self._answer({"done": True})
 
-    def _when_moving(self, core: Core, do: Callable[[Core], None]) -> None:
-        """Once no snapshot is being taken: while its files go back nobody else lets it go on."""
-
-        def at_last() -> None:
-            try:
-                if self._connection.fileno() >= 0:
-                    do(core)
-            except CorralError as error:
-                self._answer({"error": str(error), "exit_code": error.exit_code})
-
-        core.when_moving(at_last)
-
     def _taken(self, result: KeptLayer | CorralError) -> None:
-        self._taking = None
+        self._taking, self._waits = None, False
         if isinstance(result, CorralError):
             self._answer({"error": str(result), "exit_code": result.exit_code})
         else:
@@ -294,18 +318,7 @@ class _Client:
             self._start(core, message, fds)
             return
         held = [os.dup(fd) for fd in fds]
-
-        def start() -> None:
-            try:
-                if self._connection.fileno() >= 0:
-                    self._start(core, message, held)
-            except CorralError as error:
-                self._answer({"error": str(error), "exit_code": error.exit_code})
-            finally:
-                for fd in held:
-                    os.close(fd)
-
-        core.when_moving(start)
+        self._later(core, lambda: self._start(core, message, held), held)
 
     def _start(self, core: Core, message: dict[str, Any], fds: list[int]) -> None:
         if self._exec or len(fds) != 3:
