@@ -150,9 +150,8 @@ class Swapper:
             os.symlink(content.target, name, dir_fd=directory)
         elif change.file_type is FileType.FIFO:
             os.mkfifo(name, 0o600, dir_fd=directory)
-        elif (
-            change.file_type is FileType.SOCKET
-        ):  # of the host: a name to which nobody listens, as the overlay shows it
+        elif change.file_type is FileType.SOCKET:
+            # Of the host: a name to which nobody listens, as the overlay shows it.
             os.mknod(name, stat.S_IFSOCK | 0o600, dir_fd=directory)
         elif change.file_type is FileType.FILE and source >= 0:
             fd = os.open(name, _MAKE, 0o600, dir_fd=directory)
