@@ -259,17 +259,17 @@ def test_what_waits_for_a_snapshot_is_answered_then_whatever_it_is(server: Serve
     """And holds one set of descriptors, not one for each time that somebody asks."""
     core = server.core
     core.waiting.clear()
-    core.is_kept_still = True
+    connection = server.connect()
     try:
-        connection = server.connect()
-        connection.socket.settimeout(5)
+        connection.ask({"verb": "list"})  # so that it is accepted, and its descriptor counted
         before = open_descriptors()
+        core.is_kept_still = True
         registry.send(connection.socket, GOOD_EXEC | wrong, (0, 1, 2))
         for _ in range(5):
             with pytest.raises(RequestError, match="not answered yet"):
                 connection.ask(GOOD_EXEC, (0, 1, 2))
         with pytest.raises(RequestError, match="not answered yet"):
-            connection.ask({"verb": "thaw", "id": "standinx"})
+            connection.ask({"verb": "snapshot", "id": "standinx"})
         assert len(core.waiting) == 1
         core.is_kept_still = False
         os.write(server.poke, b".")
@@ -280,8 +280,8 @@ def test_what_waits_for_a_snapshot_is_answered_then_whatever_it_is(server: Serve
             assert "started" in connection.answer()[0]
         assert server.is_alive()
         assert eventually(lambda: open_descriptors() <= before)
-        connection.close()
     finally:
+        connection.close()
         core.is_kept_still = False
         core.waiting.clear()
 

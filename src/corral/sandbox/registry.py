@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 MAX_MESSAGE = 128 << 10
 MAX_LONG_MESSAGE = 16 << 20
 MAX_CLIENTS = 64
-_LATER = ("exec", "freeze", "restore", "snapshot", "thaw")
-"""What can be answered later, when nothing is being copied."""
+_ONE_AT_A_TIME = ("exec", "restore", "snapshot")
+"""What may have to wait, and holds something until then."""
 MAX_NAME = 200
 """Characters of what somebody calls a snapshot."""
 KILLED = 128 + signal.SIGKILL
@@ -157,7 +157,7 @@ class _Client:
         self._exec: tuple[Core, int] | None = None
         self._taking: Taking | None = None
         self._waits = False
-        """Whether something was asked for that is answered later: until then nothing more can be asked for."""
+        """Whether one of these was asked for and is not answered yet."""
         connection.setblocking(False)
         server.reactor.add_reader(connection.fileno(), self._readable)
 
@@ -187,34 +187,32 @@ class _Client:
                 self.close()
                 return
             message, fds = received
-            self._carry_out(lambda: self._handle(message, fds))
+            self._handle(message, fds)
         except BlockingIOError:
             pass
-        except CorralError as error:
-            self._answer({"error": str(error), "exit_code": error.exit_code})
+        except Exception as error:
+            self._refuse(error)
         finally:
             for fd in fds:
                 os.close(fd)
 
-    def _carry_out(self, what: Callable[[], None]) -> None:
-        """What goes wrong is the answer: whatever a peer sends, the controller and its sandboxes live on."""
-        try:
-            what()
-        except CorralError as error:
+    def _refuse(self, error: Exception) -> None:
+        """What has gone wrong is the answer: whatever a peer sends, the controller and its sandboxes live on."""
+        if isinstance(error, CorralError):
             self._answer({"error": str(error), "exit_code": error.exit_code})
-        except Exception as error:
+        else:
             self._answer({"error": f"the request is malformed: {error!r}", "exit_code": 125})
 
     def _later(self, core: Core, what: Callable[[], None], fds: Sequence[int] = ()) -> None:
         """Does it once no snapshot is being taken and no files go back, if its client still waits then; closes ``fds``
         after it."""
-        self._waits = True
 
         def at_last() -> None:
-            self._waits = False
             try:
                 if self._connection.fileno() >= 0:
-                    self._carry_out(what)
+                    what()
+            except Exception as error:
+                self._refuse(error)
             finally:
                 for fd in fds:
                     os.close(fd)
@@ -229,7 +227,7 @@ class _Client:
         core = self._server.cores.get(message["id"])
         if core is None:
             raise RequestError(f"there is no sandbox {message['id']!r} here")
-        if self._waits and verb in _LATER:
+        if self._waits and verb in _ONE_AT_A_TIME:
             raise RequestError("what was asked for before on this connection is not answered yet")
         if verb == "kill":
             core.kill("killed by `corral kill`")
@@ -318,7 +316,13 @@ class _Client:
             self._start(core, message, fds)
             return
         held = [os.dup(fd) for fd in fds]
-        self._later(core, lambda: self._start(core, message, held), held)
+        self._waits = True
+
+        def start() -> None:
+            self._waits = False
+            self._start(core, message, held)
+
+        self._later(core, start, held)
 
     def _start(self, core: Core, message: dict[str, Any], fds: list[int]) -> None:
         if self._exec or len(fds) != 3:
