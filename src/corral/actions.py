@@ -33,6 +33,12 @@ class Content(Enum):
     """What was changed in the workspace, as a patch."""
     REFUSED_FLOW = "refused_flow"
     """The first bytes of a connection that the gateway refused."""
+    PROMPT = "prompt"
+    """What a model was asked: the body of the request, as it was sent on."""
+    RESPONSE = "response"
+    """What it answered: the body, as it came."""
+    QUERY = "query"
+    """A query of data, as it was asked, or the arguments of an operation of a service."""
 
 
 class Reversible(Enum):
@@ -64,6 +70,7 @@ class Kind(Enum):
     HTTP_REQUEST = "http.request"
     MODEL_CALL = "model.call"
     DATA_QUERY = "data.query"
+    API_CALL = "api.call"
     KERNEL = "kernel"
     SANDBOX_SNAPSHOT = "sandbox.snapshot"
     SANDBOX_RESTORE = "sandbox.restore"
@@ -94,6 +101,7 @@ _REVERSIBLE = {
     Kind.HTTP_REQUEST: Reversible.NO,
     Kind.MODEL_CALL: Reversible.YES,  # the answer is all that there is of it
     Kind.DATA_QUERY: Reversible.NO,
+    Kind.API_CALL: Reversible.NO,
     Kind.KERNEL: Reversible.YES,
     Kind.SANDBOX_SNAPSHOT: Reversible.YES,
     Kind.SANDBOX_RESTORE: Reversible.NO,  # what no snapshot has is lost
@@ -271,6 +279,25 @@ class Query:
 
 
 @dataclass(frozen=True, slots=True)
+class Operation:
+    """A call of one operation of a service that its OpenAPI document describes."""
+
+    service: str
+    operation: str
+    """Its id."""
+    method: str
+    """Of the request that is sent, upper case."""
+
+    @property
+    def reversible(self) -> Reversible:
+        """As of a request: what its method says."""
+        return Reversible.YES if self.method in _SAFE_METHODS else Reversible.NO
+
+    def __str__(self) -> str:
+        return f"{self.operation} of {self.service}"
+
+
+@dataclass(frozen=True, slots=True)
 class Verb:
     """One of the sandbox's own verbs, with what it is about (paths of an apply, the name of a snapshot)."""
 
@@ -286,7 +313,7 @@ class Verb:
         return ", ".join(self.names)
 
 
-Subject = Endpoint | Socket | Program | File | KernelCall | Request | ModelCall | Query | Verb
+Subject = Endpoint | Socket | Program | File | KernelCall | Request | ModelCall | Query | Operation | Verb
 
 
 # ---- who ----
@@ -328,6 +355,10 @@ class Origin:
     exec: int = 0
     """The exec whose command this process descends from; 0 where that is not one of ours."""
     process: Process | None = None
+    tool: str = ""
+    """Of the step, the id of the tool call that it comes from; empty where that is not known."""
+    unexplained: bool = False
+    """A model is asked in this session, and no answer of it explains the action: no step is open for its process."""
 
 
 # ---- the attempt and the answer ----
@@ -350,7 +381,7 @@ class Action:
     def reversible(self) -> Reversible:
         """Whether what it brings about can be taken back."""
         subject = self.subject
-        if isinstance(subject, Request | Query):
+        if isinstance(subject, Request | Query | Operation):
             return subject.reversible
         if isinstance(subject, File) and subject.access is Access.READ:
             return Reversible.YES
@@ -448,3 +479,79 @@ class Flow:
     intercepted: bool = False
     close: str = ""
     """Why it ended."""
+
+
+# ---- what was used ----
+
+
+class Ending(Enum):
+    """How a call of a broker ended."""
+
+    ANSWERED = "answered"
+    """The upstream gave its whole answer, be it an error."""
+    REFUSED = "refused"
+    """By the policy, a budget or a scanner: nothing was sent."""
+    FAILED = "failed"
+    """The upstream could not be reached, or broke off, or was too slow, or too much."""
+    ABANDONED = "abandoned"
+    """Whoever asked was gone before the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """What a model wants done."""
+
+    id: str
+    name: str
+    arguments: str
+    """JSON, as the model wrote it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What one call of a broker came to: the account that the log, the meter and the budgets share."""
+
+    origin: Origin
+    """Its step is the one in which the call was made."""
+    kind: Kind
+    """MODEL_CALL, DATA_QUERY or API_CALL."""
+    source: str
+    """The upstream, source or service."""
+    name: str
+    """The model as it was asked for; the statement; the operation."""
+    rule: str
+    """What let it through, or refused it."""
+    started: float
+    """Seconds since the epoch."""
+    seconds: float
+    ending: Ending
+    first: float = 0.0
+    """Seconds until the answer began."""
+    status: int = 0
+    """Of HTTP, as it was answered inside."""
+    reason: str = ""
+    """Why it ended so; our own words."""
+    input_tokens: int = 0
+    """All of them, with those that were cached or are now."""
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    written_tokens: int = 0
+    cost: int = 0
+    """In billionths of the policy's currency."""
+    currency: str = ""
+    rows: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    personal: tuple[str, ...] = ()
+    """Columns about persons that it touched: ``source.table.column``."""
+    opened: int = 0
+    """The step that a model's answer opened; 0 where it asked for no tool."""
+    conversation: str = ""
+    """Hash of how the conversation began."""
+    parent: str = ""
+    """The conversation whose tool call began this one, where that is known."""
+    tools: tuple[ToolCall, ...] = ()
+    finish: str = ""
+    """Why the model stopped, in its API's word."""
+    estimated: bool = False
+    """The upstream has not said what was used; the tokens are our estimate."""

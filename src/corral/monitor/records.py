@@ -14,7 +14,20 @@ from dataclasses import replace
 from sys import getsizeof
 from typing import Protocol, runtime_checkable
 
-from corral.actions import Action, Decision, Endpoint, File, Flow, Kind, Origin, Program, Request, Verdict
+from corral.actions import (
+    Action,
+    Content,
+    Decision,
+    Endpoint,
+    File,
+    Flow,
+    Kind,
+    Origin,
+    Program,
+    Request,
+    Used,
+    Verdict,
+)
 from corral.errors import CorralError
 
 BURST = 16
@@ -52,6 +65,24 @@ class Account(Protocol):
 
     def flow(self, flow: Flow) -> None:
         """Returns when the account is safe. Raises where it cannot be; the sandbox then ends."""
+
+
+@runtime_checkable
+class Tally(Protocol):
+    """Takes the accounts of calls of brokers that are over, for good."""
+
+    def used(self, used: Used) -> None:
+        """Returns when the account is safe. Raises where it cannot be; the sandbox then ends."""
+
+
+class Keeper(Protocol):
+    """Keeps what was said to a broker and what it answered, where the policy says so."""
+
+    def keeps(self, content: Content) -> int:
+        """How many bytes of one such content are kept; 0 where none is. More need not be collected."""
+
+    def keep(self, origin: Origin, content: Content, data: bytes, is_whole: bool, about: str) -> None:
+        """``about`` says what it is: the model, the source. Never waits for the disk, and never raises."""
 
 
 class Glance(Protocol):

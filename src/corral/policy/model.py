@@ -237,13 +237,115 @@ class ModelRule:
     note: Note = field(default_factory=Note)
 
 
+class ModelApi(Enum):
+    """What an upstream speaks."""
+
+    ANTHROPIC = "anthropic"
+    """Messages."""
+    OPENAI = "openai"
+    """Chat Completions and Responses."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """Where models are outside."""
+
+    name: str
+    url: str
+    """What comes before the paths of its API, as its own clients want it: ``https://api.openai.example/v1``,
+    ``https://api.anthropic.example``."""
+    api: ModelApi
+    models: tuple[str, ...] = ("*",)
+    """Globs of the names by which they are asked for here."""
+    credential: Credential | None = None
+    """What is put into each request."""
+    rename: tuple[tuple[str, str], ...] = ()
+    """Names by which they are asked for here, and those that the upstream knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What models cost, in :attr:`Model.currency` for a million tokens."""
+
+    model: str
+    """A glob of the name by which it is asked for; of several the first that matches holds."""
+    input: float
+    output: float
+    cached: float | None = None
+    """Input that the upstream had in its cache; None is as ``input``."""
+    written: float | None = None
+    """Input that it puts into its cache; None is as ``input``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much of models may be used. ``None`` means no bound."""
+
+    tokens: int | None = None
+    """Input and output together."""
+    money: float | None = None
+    """In :attr:`Model.currency`. A model without a price cannot be asked where this is given."""
+    requests: int | None = None
+    requests_per_minute: int | None = None
+    concurrent: int | None = None
+    """Requests at one time."""
+    wall_time: float | None = None
+    """Seconds: of a session from its first request on, of an agent the sum of how long its requests took."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long an upstream is waited for, in seconds, and how often it is asked again."""
+
+    connect: float = 10.0
+    first: float = 300.0
+    """Until the answer begins."""
+    idle: float = 120.0
+    """Between two pieces of it."""
+    total: float = 3600.0
+    retries: int = 2
+    """Further tries of one upstream, where it cannot be reached or says that it is overloaded; never once an answer has
+    begun."""
+
+
+class Treatment(Enum):
+    """What becomes of a request to a model in which something was found."""
+
+    RECORD = "record"
+    """It goes on; that it was found is recorded."""
+    BLOCK = "block"
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """Who looks at the results of tools before a model does."""
+
+    scanners: tuple[str, ...] = ()
+    """By name: ``instructions``, or one that is installed (entry points of ``corral.scanners``)."""
+    finding: Treatment = Treatment.BLOCK
+    failure: Treatment = Treatment.BLOCK
+    """Of a scanner."""
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Which models may be asked. What no rule names is denied."""
+    """Which models may be asked, and where they are. What no rule names is denied."""
 
     allow: tuple[ModelRule, ...] = ()
     ask: tuple[ModelRule, ...] = ()
     deny: tuple[ModelRule, ...] = ()
+    upstreams: tuple[Upstream, ...] = ()
+    """In the order in which they are tried. Without any there is no model broker."""
+    currency: str = "USD"
+    prices: tuple[Price, ...] = ()
+    session: Budget = field(default_factory=Budget)
+    """Of one session."""
+    agent: Budget = field(default_factory=Budget)
+    """Of all sessions of the agent, by its name, within ``agent_period``."""
+    agent_period: float = 86400.0
+    """Seconds back from now."""
+    patience: Patience = field(default_factory=Patience)
+    guard: Guard = field(default_factory=Guard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +358,85 @@ class DataRule:
     note: Note = field(default_factory=Note)
 
 
+class Dialect(Enum):
+    """What a source of data is."""
+
+    DUCKDB = "duckdb"
+    MYSQL = "mysql"
+    """And MariaDB."""
+    POSTGRESQL = "postgresql"
+    SQLITE = "sqlite"
+
+
+class ColumnUse(Enum):
+    """What is seen of a column."""
+
+    DENY = "deny"
+    """Nothing; it does not exist."""
+    HASH = "hash"
+    """A keyed hash: equal values look equal, in one session."""
+    MASK = "mask"
+    """That there is a value, or none."""
+    SHOW = "show"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of a table."""
+
+    name: str
+    use: ColumnUse = ColumnUse.SHOW
+    personal: bool = False
+    """It is about persons; records of queries that touch it say so."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableScope:
+    """One table or view of a source, and what of it there is for the agent. What is not named does not exist."""
+
+    name: str
+    """As the source has it: ``customers``, ``public.customers``."""
+    columns: tuple[Column, ...]
+    rows: str = ""
+    """A condition over its columns, in the source's SQL, that holds of every row that is seen or changed."""
+    statements: tuple[str, ...] = ("select",)
+    """``select``, ``insert``, ``update``, ``delete``."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataLimits:
+    """Upper bounds of the queries of one source. ``None`` means no bound."""
+
+    rows: int = 1000
+    """Of one result; also of what one statement may change."""
+    bytes: int = MIB
+    """Of one result, as it is sent."""
+    time: float = 10.0
+    """Seconds of one query."""
+    cost: float | None = None
+    """What the source's own EXPLAIN estimates, in its units. PostgreSQL and MySQL."""
+    queries_per_minute: int = 600
+    concurrent: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A database that may be queried."""
+
+    name: str
+    dialect: Dialect
+    url: str
+    """``postgresql://user@host:5432/database``, ``mysql://...``, or the absolute path of a file; never a password."""
+    password: str = ""
+    """Where it is outside: ``env:NAME`` or ``file:/path``."""
+    role: str = ""
+    """PostgreSQL: the role that is taken (SET ROLE) before anything is done."""
+    tables: tuple[TableScope, ...] = ()
+    limits: DataLimits = field(default_factory=DataLimits)
+    hold_writes: bool = True
+    """What is changed waits in its transaction until a person has seen the rows and said yes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Data:
     """Which data may be queried. What no rule names is denied; an allow must cover every table of a query."""
@@ -263,6 +444,65 @@ class Data:
     allow: tuple[DataRule, ...] = ()
     ask: tuple[DataRule, ...] = ()
     deny: tuple[DataRule, ...] = ()
+    sources: tuple[Source, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ApiRule:
+    """Operations of one service, by globs of their ids; none means any."""
+
+    service: str
+    operations: tuple[str, ...] = ()
+    note: Note = field(default_factory=Note)
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """What an argument of an operation may be."""
+
+    name: str
+    """Of a parameter, or the way to a member of a JSON body: ``body.issue.project``."""
+    values: tuple[str, ...]
+    """Globs; one must match its text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """An operation of a service that there is for the agent."""
+
+    id: str
+    """Its ``operationId``, or ``METHOD /path`` as the document has them."""
+    parameters: tuple[Parameter, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """An HTTP API, as its OpenAPI document describes it."""
+
+    name: str
+    document: str
+    """Absolute host path."""
+    url: str
+    """Its server; what the document says of servers is not used."""
+    operations: tuple[Operation, ...] = ()
+    """What is not named does not exist."""
+    credential: Credential | None = None
+    requests_per_minute: int = 600
+    concurrent: int = 4
+    time: float = 30.0
+    """Seconds of one request."""
+    bytes: int = 10 * MIB
+    """Of one answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """Which operations of which services may be used. What no rule names is denied."""
+
+    allow: tuple[ApiRule, ...] = ()
+    ask: tuple[ApiRule, ...] = ()
+    deny: tuple[ApiRule, ...] = ()
+    services: tuple[Service, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,6 +629,7 @@ class Policy:
     environment: Environment = field(default_factory=Environment)
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
+    api: Api = field(default_factory=Api)
     approvals: Approvals = field(default_factory=Approvals)
     log: Log = field(default_factory=Log)
     apply: Apply = field(default_factory=Apply)

@@ -1,0 +1,1 @@
+"""Brokers: typed doors instead of raw network. See docs/brokers.md."""
