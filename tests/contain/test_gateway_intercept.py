@@ -29,8 +29,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from corral.actions import Flow, Kind, Verdict
+from corral.credentials.scrubbing import forms
 from corral.gateway.egress import Egress
-from corral.gateway.scrubbing import forms
 from corral.sandbox.box import Sandbox
 from tests.contain.command_line import CommandLine, adopting_orphans
 from tests.contain.conftest import MakeBox, own_groups, own_sandbox_processes

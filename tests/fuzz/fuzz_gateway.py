@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from corral.credentials.scrubbing import Scrubber, forms
 from corral.gateway.dns import MAX_DATAGRAM, MAX_STREAM, Frames, FramingError, Outcome, Question, answer, frame, read
 from corral.gateway.hello import MAX_FLIGHT, CertificateReader, HelloError, parse_hello
 from corral.gateway.http_heads import END, HttpError, request_head, response_head
 from corral.gateway.names import Pair
 from corral.gateway.recognise import MAX_FIRST, recognise
-from corral.gateway.scrubbing import Scrubber, forms
 from corral.gateway.watch import Direction, Watch
 
 CORPUS = Path(__file__).parent / "corpus"

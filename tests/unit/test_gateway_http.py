@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from corral.actions import Action, Endpoint, Kind, Meaning, Origin, Request, Transport, Verdict
-from corral.gateway.credentials import Secret, load
+from corral.credentials.secret import Secret, load
 from corral.gateway.http import (
     AHEAD,
     DRAINED,

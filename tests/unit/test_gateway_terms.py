@@ -61,7 +61,7 @@ def sent(proxy: HttpProxy, request: bytes, *, injecting: bool) -> bytes:
 
 @pytest.mark.parametrize("injecting", [True, False])
 def test_the_secret_is_put_into_its_own_requests_only(injecting: bool) -> None:
-    from corral.gateway.credentials import load
+    from corral.credentials.secret import load
 
     secret = load(TOKEN, {"TOKEN": "a-secret-of-some-length"})
     proxy = HttpProxy("api.test", 443, secure=True, secret=secret)

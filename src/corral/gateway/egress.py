@@ -26,9 +26,9 @@ from corral.policy.model import Credential, Policy
 from corral.policy.names import address_of
 
 if TYPE_CHECKING:
+    from corral.credentials.secret import Secret
     from corral.gateway.authority import Authority
     from corral.gateway.connection import Connection
-    from corral.gateway.credentials import Secret
     from corral.gateway.queries import Queries
     from corral.gateway.resolver import Resolver
     from corral.monitor.parts import Held

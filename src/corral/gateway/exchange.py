@@ -39,8 +39,8 @@ from corral.gateway.rules import SPENT
 from corral.gateway.streams import MANY, MUCH, SecureStream, Stream
 
 if TYPE_CHECKING:
+    from corral.credentials.secret import Secret
     from corral.gateway.connection import Connection
-    from corral.gateway.credentials import Secret
     from corral.monitor.parts import Held
 
 HEAD = 30.0

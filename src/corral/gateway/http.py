@@ -40,7 +40,8 @@ from itertools import groupby
 
 import h11
 
-from corral.gateway.credentials import Secret
+from corral.credentials.scrubbing import Scrubber
+from corral.credentials.secret import Secret
 from corral.gateway.http_commands import (
     Ask,
     Close,
@@ -70,7 +71,6 @@ from corral.gateway.http_rules import (
     without_echoes,
 )
 from corral.gateway.refusal import answer
-from corral.gateway.scrubbing import Scrubber
 from corral.policy.model import FlowLimits, Permit
 
 __all__ = [

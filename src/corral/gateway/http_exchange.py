@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import h11
 
+from corral.credentials.scrubbing import Scrubber
 from corral.gateway.http_heads import END, HttpError, RequestHead
-from corral.gateway.scrubbing import Scrubber
 
 CHUNK = 64 * 1024
 """Bytes of a body that are written at once, at most."""

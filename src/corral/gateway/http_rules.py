@@ -7,7 +7,7 @@ from collections.abc import Iterable, Set
 from urllib.parse import unquote_plus
 
 from corral.actions import Meaning
-from corral.gateway.credentials import Secret, inject
+from corral.credentials.secret import Secret, inject
 from corral.gateway.handshakes import is_mining_in_http, tunnel_in_http
 from corral.gateway.http_heads import Fields, HttpError, RequestHead, ResponseHead
 from corral.policy.irreversible import UPLOAD_PACK, fetches

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from corral.policy.model import Credential, Policy
 
 if TYPE_CHECKING:
+    from corral.credentials.secret import Secret
     from corral.gateway.authority import Authority
-    from corral.gateway.credentials import Secret
     from corral.gateway.egress import Egress
     from corral.monitor.core import Monitor
     from corral.monitor.records import Account, Glance
@@ -47,9 +47,9 @@ def make_outlet(policy: Policy, environment: Mapping[str, str], place: str, *, j
     looked_at = any(rule.intercept or rule.requests or rule.credential for rule in rules)
     if not rules or not (looked_at or any(rule.requests for rule in policy.network.deny)):
         return Outlet()
+    from corral.credentials.secret import load
     from corral.gateway.authority import Authority
     from corral.gateway.authority import environment as variables
-    from corral.gateway.credentials import load
 
     secrets = {rule.credential: load(rule.credential, environment) for rule in rules if rule.credential is not None}
     authority = Authority()

@@ -1,4 +1,4 @@
-"""Secrets that the gateway puts into requests: where they come from, how they go in.
+"""Secrets that gateway and brokers put into requests: where they come from, how they go in.
 
 A secret lives in the memory of the controlling process and in requests to the server that it is for. No message, record
 or representation holds it. Echoes are taken out of answers by :class:`Scrubber`.
@@ -13,8 +13,8 @@ import stat
 from collections.abc import Mapping
 from typing import NoReturn
 
+from corral.credentials.scrubbing import Scrubber, forms
 from corral.errors import RequestError
-from corral.gateway.scrubbing import Scrubber, forms
 from corral.policy.model import Credential, CredentialKind
 
 __all__ = ["Scrubber", "Secret", "inject", "load"]

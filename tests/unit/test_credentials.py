@@ -17,9 +17,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from corral.credentials.scrubbing import forms
+from corral.credentials.secret import MAX_SECRET, MIN_SECRET, Scrubber, Secret, inject, load
 from corral.errors import RequestError
-from corral.gateway.credentials import MAX_SECRET, MIN_SECRET, Scrubber, Secret, inject, load
-from corral.gateway.scrubbing import forms
 from corral.policy.model import Credential, CredentialKind
 
 TOKEN = 'ghp_"T0ken/+<&>=\u00e9 1'
