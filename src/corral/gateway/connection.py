@@ -3,6 +3,7 @@
     WHO ──attempt──▶ FIRST ──bytes──▶ DECIDING ──allowed──▶ REACHING ──▶ RELAYING ──▶ OVER
                        │                  └── HTTP, or TLS that is looked at ──▶ EXCHANGING ──▶ OVER
                        └── port 53 ──▶ QUESTIONS ──▶ OVER
+     └── the name of a broker ──▶ HANDED_OVER ──▶ OVER
 
 Whatever is not said here, and whatever fails, ends in a refusal that its client can understand: an answer of HTTP, an
 alert of TLS, a reset. Nothing is dialled before the policy has decided on what is spoken, and no address before it has
@@ -31,6 +32,7 @@ from corral.policy.model import Permit
 from corral.policy.terms import Terms
 
 if TYPE_CHECKING:
+    from corral.gateway.doors import Door, Taken
     from corral.gateway.egress import Egress
     from corral.gateway.exchange import Exchange
     from corral.gateway.queries import Stream as Questions
@@ -59,6 +61,7 @@ class Stage(Enum):
     RELAYING = "relaying"
     EXCHANGING = "exchanging"
     QUESTIONS = "questions"
+    HANDED_OVER = "handed over"
     REFUSING = "refusing"
     OVER = "over"
 
@@ -98,6 +101,8 @@ class Connection:
         self._relay: Relay | None = None
         self._exchange: Exchange | None = None
         self._questions: Questions | None = None
+        self._taken: Taken | None = None
+        self._handed_counts = (0, 0)
         egress.flows.add(self)
 
     # ---- who ----
@@ -127,6 +132,10 @@ class Connection:
         self.attempt, self.endpoint = attempt, subject
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         loop = self.egress.loop
+        door = self.egress.door(subject)
+        if door is not None:
+            self._hand_over(door, attempt)
+            return
         if subject.port == DNS_PORT and subject.name is None:
             from corral.gateway.queries import Stream
 
@@ -138,6 +147,20 @@ class Connection:
         loop.add_reader(self.socket.fileno(), self._readable)
         if self.egress.rules.expects_server_first(subject):
             self._silence = loop.call_later(SERVER_FIRST, self._silent)
+
+    # ---- a broker's ----
+
+    def _hand_over(self, door: Door, attempt: Attempt) -> None:
+        self.stage = Stage.HANDED_OVER
+        self._deadline = None
+        self.decision = attempt.decision
+        sock = socket.socket(fileno=self.socket.detach())
+        post = self.egress.loop.post
+        self._taken = door.take(sock, attempt, lambda up, down, reason: post(self._handed_back, up, down, reason))
+
+    def _handed_back(self, up: int, down: int, reason: str) -> None:
+        self._taken, self._handed_counts = None, (up, down)
+        self.over(reason, broken=False)
 
     # ---- questions over TCP ----
 
@@ -486,11 +509,12 @@ class Connection:
 
     def flow(self, close: str = "") -> Flow:
         """What it is, or was."""
-        up = down = 0
         if self._relay is not None:
             up, down = self._relay.counts
         elif self._exchange is not None:
             up, down = self._exchange.counts
+        else:
+            up, down = self._handed_counts if self._taken is None else self._taken.counts
         outside = self._outside
         is_open = outside is not None and outside.fileno() >= 0
         packets_up, packets_down = self._all_segments(outside if is_open else None)

@@ -22,6 +22,7 @@ from corral.gateway.tunnelling import Tunnelling
 from corral.guarded import Guarded
 from corral.monitor.core import Monitor
 from corral.monitor.records import Account, Glance, unwritable
+from corral.policy.doors import PORT, Broker, broker_of
 from corral.policy.model import Credential, Policy
 from corral.policy.names import address_of
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from corral.credentials.secret import Secret
     from corral.gateway.authority import Authority
     from corral.gateway.connection import Connection
+    from corral.gateway.doors import Door
     from corral.gateway.queries import Queries
     from corral.gateway.resolver import Resolver
     from corral.monitor.parts import Held
@@ -60,6 +62,8 @@ class Setting:
     authority: Authority | None = None
     secrets: Mapping[Credential, Secret] = field(default_factory=dict)
     """What is put into requests."""
+    doors: Mapping[Broker, Door] = field(default_factory=dict)
+    """Who takes connections to brokers over."""
 
 
 class Egress:
@@ -108,6 +112,11 @@ class Egress:
         """Where a connection was to go, as the supervisor says it: by name, where the address stands for one."""
         name = self.names.name_of(to[0])
         return Endpoint(Transport.TCP, "" if name is not None else address_of(to[0]), to[1], name)
+
+    def door(self, endpoint: Endpoint) -> Door | None:
+        """Who takes a connection to there over, which the supervisor has let through."""
+        broker = broker_of(endpoint.name) if endpoint.port == PORT else None
+        return None if broker is None else self.setting.doors.get(broker)
 
     def decide(
         self,

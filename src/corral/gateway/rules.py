@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from corral.actions import Endpoint, Request
 from corral.policy.destinations import Destinations
+from corral.policy.doors import broker_of, is_open
 from corral.policy.matching import packed_address
 from corral.policy.model import ANY_NAME, FlowLimits, Policy
 from corral.policy.part import PolicyPart
@@ -40,7 +41,7 @@ class Rules:
 
     def __init__(self, policy: Policy) -> None:
         both = (*policy.network.allow, *policy.network.ask)
-        self._part = PolicyPart(policy)
+        self._policy, self._part = policy, PolicyPart(policy)
         self._rules = both
         self._all = Destinations(both)
         self._terms: dict[Endpoint, Terms] = {}
@@ -75,6 +76,9 @@ class Rules:
         return found
 
     def _zone(self, name: str) -> str | None:
+        broker = broker_of(name)
+        if broker is not None:
+            return "" if is_open(self._policy, broker) else None
         names = [self._rules[index].name for index in self._all.naming(name, wholly=False)]
         if not names:
             return None

@@ -113,7 +113,7 @@ class Monitor:
 
         return repeated
 
-    async def decide(self, action: Action) -> Decision:
+    async def decide(self, action: Action, *, own: Opinion | None = None) -> Decision:
         """The same for asyncio. A caller that is cancelled withdraws the question."""
         import asyncio  # longer to load than a sandbox to start, and `corral run` does without
 
@@ -127,7 +127,7 @@ class Monitor:
         def decided(decision: Decision) -> None:
             loop.call_soon_threadsafe(tell, decision)
 
-        held = self.submit(action, decided)
+        held = self.submit(action, decided, own=own)
         try:
             return await outcome
         finally:

@@ -1,0 +1,34 @@
+"""Which brokers a policy opens, made ready before the walls are built: what is missing is an error of the request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from corral.brokers.setting import Opening
+from corral.policy.doors import Broker, open_brokers
+from corral.policy.model import Policy
+
+
+def prepare_openings(policy: Policy, environment: Mapping[str, str]) -> dict[Broker, Opening]:
+    """``environment`` is the controlling process's, where secrets may be.
+
+    Raises RequestError where a secret or a document is missing, or cannot be what it should, or a package that is an
+    extra of Corral's is not installed.
+    """
+    return {broker: _prepare(broker, policy, environment) for broker in open_brokers(policy)}
+
+
+def _prepare(broker: Broker, policy: Policy, environment: Mapping[str, str]) -> Opening:
+    match broker:
+        case Broker.MODEL:
+            from corral.brokers.model.broker import prepare as prepare_model
+
+            return prepare_model(policy, environment)
+        case Broker.DATA:
+            from corral.brokers.data.broker import prepare as prepare_data
+
+            return prepare_data(policy, environment)
+        case Broker.API:
+            from corral.brokers.api.broker import prepare as prepare_api
+
+            return prepare_api(policy, environment)
