@@ -75,6 +75,7 @@ class Tally(Protocol):
         """Returns when the account is safe. Raises where it cannot be; the sandbox then ends."""
 
 
+@runtime_checkable
 class Keeper(Protocol):
     """Keeps what was said to a broker and what it answered, where the policy says so."""
 

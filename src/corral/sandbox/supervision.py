@@ -8,13 +8,26 @@ from typing import TYPE_CHECKING
 
 from corral.approvals.queue import Queue, Register
 from corral.monitor.core import Monitor
-from corral.monitor.records import Account, Aggregator, Glance, Ledger, Recent, Several, Sink, unwritable
+from corral.monitor.records import (
+    Account,
+    Aggregator,
+    Glance,
+    Keeper,
+    Ledger,
+    Recent,
+    Several,
+    Sink,
+    Tally,
+    unwritable,
+)
 from corral.policy.model import Processes
 from corral.policy.part import PolicyPart
 from corral.sandbox.prepare import Prepared
 from corral.supervisor import service
 
 if TYPE_CHECKING:
+    from corral.brokers.service import Brokers
+    from corral.brokers.setting import Setting as BrokerSetting
     from corral.gateway.egress import Egress
 
 
@@ -56,7 +69,10 @@ class Supervision:
         """The way out, where there is one."""
         self.places: frozenset[str] = frozenset()
         """Paths inside of what may be left of moves, once it is closed."""
+        self.brokers: Brokers | None = None
+        """Those that the policy opens, once the walls stand."""
         self._accounts = tuple(sink for sink in sinks if isinstance(sink, Account))
+        self._tallies = tuple(sink for sink in sinks if isinstance(sink, Tally))
         self._glances = tuple(glances)
 
     def start(self, listener: int, deputy: int, root: int, doors: tuple[int, ...] = ()) -> None:
@@ -65,12 +81,14 @@ class Supervision:
         policy = self._prepared.options.policy
         supervisor = service.shared()  # first: it raises the limit of descriptors, which others look at
         if doors:
-            from corral.sandbox.outlet import open_egress  # only a policy that names destinations has one
+            from corral.sandbox.outlet import open_doors, open_egress  # only a policy that names destinations has one
 
+            self.brokers = open_doors(self._prepared, self._broker_setting)
             self.egress = open_egress(
                 self._prepared,
                 self._monitor,
                 doors,
+                brokers=self.brokers,
                 end=self._end,
                 settle=self._settle,
                 accounts=self._accounts,
@@ -93,6 +111,22 @@ class Supervision:
             egress=self.egress,
         )
         supervisor.attach(self._supervised)
+
+    def _broker_setting(self) -> BrokerSetting:
+        from corral.brokers.setting import Setting
+        from corral.sandbox.paths import state_directory
+
+        return Setting(
+            sandbox=self._prepared.id,
+            session=self._prepared.id,
+            policy=self._prepared.options.policy,
+            monitor=self._monitor,
+            steps=self.steps,
+            tallies=self._tallies,
+            keeper=next((glance for glance in self._glances if isinstance(glance, Keeper)), None),
+            end=self._end,
+            state=state_directory(),
+        )
 
     def _settle(self, callback: Callable[[], None]) -> None:
         """Calls back once the supervisor has done what it does now. From any thread."""
@@ -132,6 +166,10 @@ class Supervision:
             from corral.sandbox.outlet import close_egress
 
             close_egress(self.egress)
+        if self.brokers is not None:
+            from corral.sandbox.outlet import close_doors
+
+            close_doors(self.brokers)
         self.flush()
 
     def hold_if_asked(self) -> None:
