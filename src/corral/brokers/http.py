@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import struct
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -109,10 +110,10 @@ class Answering:
     ) -> None:
         """All of it."""
         kind = (b"content-type", content_type.encode("ascii"))
-        self._start(status, [kind, *headers], len(body))
-        if not self._is_head:
-            self._connection.send(h11.Data(data=body))
-        self._finish()
+        self.is_started, self.status, self.is_finished = True, status, True
+        head = h11.Response(status_code=status, headers=[kind, *headers, (b"content-length", b"%d" % len(body))])
+        data = () if self._is_head else (h11.Data(data=body),)
+        self._connection.send(head, *data, h11.EndOfMessage())
         await self._connection.drain()
 
     async def json(self, status: int, value: object, headers: Fields = ()) -> None:
@@ -122,7 +123,9 @@ class Answering:
     async def start(self, status: int, headers: Fields, *, length: int | None = None) -> None:
         """The head of an answer that comes in pieces: of ``length`` bytes in all, or in chunks. ``headers`` are all but
         those that frame it."""
-        self._start(status, headers, length)
+        framing = (b"transfer-encoding", b"chunked") if length is None else (b"content-length", b"%d" % length)
+        self.is_started, self.status = True, status
+        self._connection.send(h11.Response(status_code=status, headers=[*headers, framing]))
         await self._connection.drain()
 
     async def send(self, data: bytes) -> None:
@@ -133,17 +136,9 @@ class Answering:
 
     async def finish(self) -> None:
         """No more comes."""
-        self._finish()
-        await self._connection.drain()
-
-    def _start(self, status: int, headers: Fields, length: int | None) -> None:
-        framing = (b"transfer-encoding", b"chunked") if length is None else (b"content-length", b"%d" % length)
-        self.is_started, self.status = True, status
-        self._connection.send(h11.Response(status_code=status, headers=[*headers, framing]))
-
-    def _finish(self) -> None:
         self.is_finished = True
         self._connection.send(h11.EndOfMessage())
+        await self._connection.drain()
 
 
 Handle = Callable[[Request, Answering], Awaitable[None]]
@@ -316,12 +311,12 @@ class Connection(asyncio.Protocol):
 
     # ---- answers ----
 
-    def send(self, event: h11.Event) -> None:
-        """Raises Gone."""
+    def send(self, *events: h11.Event) -> None:
+        """In one piece. Raises Gone."""
         transport = self._transport
         if transport is None or transport.is_closing():
             raise Gone
-        data = self._h11.send(event)
+        data = b"".join([self._h11.send(event) or b"" for event in events])
         if data:
             self.sent += len(data)
             transport.write(data)
@@ -349,9 +344,7 @@ class Connection(asyncio.Protocol):
         try:
             if self._task is not None or self._h11.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
                 raise Gone  # an answer to an earlier request is on its way
-            self.send(h11.Response(status_code=refused.status, headers=head))
-            self.send(h11.Data(data=body))
-            self.send(h11.EndOfMessage())
+            self.send(h11.Response(status_code=refused.status, headers=head), h11.Data(data=body), h11.EndOfMessage())
         except (Gone, h11.LocalProtocolError):
             self.close(refused.reason, broken=True)
             return
@@ -366,7 +359,7 @@ class Connection(asyncio.Protocol):
         self._cancel()
         if self._transport is not None:
             if broken:
-                self._transport.abort()
+                _reset(self._transport)
             else:
                 self._transport.close()
 
@@ -380,6 +373,14 @@ class Connection(asyncio.Protocol):
     def task(self) -> asyncio.Task[None] | None:
         """What answers the request that is under way."""
         return self._task
+
+
+def _reset(transport: asyncio.Transport) -> None:
+    """Ends it at once, with an error at the other end."""
+    sock = transport.get_extra_info("socket")
+    with suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
+    transport.abort()
 
 
 def _request(head: h11.Request, body: bytes, origin: Origin) -> Request:

@@ -10,7 +10,7 @@ import asyncio
 import os
 import socket
 import threading
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -26,6 +26,9 @@ MAX_WAITING = 256 << 20
 END_SECONDS = 5.0
 """For what is under way to account for itself when its sandbox has ended."""
 _FAILED = "its brokers failed"
+
+Over = Callable[[int, int, str], None]
+"""As :data:`corral.gateway.doors.Over`."""
 
 
 class _Taken:
@@ -48,9 +51,11 @@ class Door:
     def __init__(self, service: Service, brokers: Brokers, broker: Broker) -> None:
         self._service, self._brokers, self._broker = service, brokers, broker
         self._handler: Handler | None = None
+        self._count = 0
+        """Connections, with those that are about to be served."""
         self.connections: set[Connection] = set()
 
-    def take(self, sock: socket.socket, attempt: Attempt, over: Any) -> _Taken:
+    def take(self, sock: socket.socket, attempt: Attempt, over: Over) -> _Taken:
         """In the gateway's thread."""
         taken = _Taken()
         try:
@@ -65,14 +70,16 @@ class Door:
     def open(self, opening: Opening) -> None:
         self._handler = opening(self._brokers.setting)
 
-    def _begin(self, sock: socket.socket, origin: Origin, taken: _Taken, over: Any) -> None:
+    def _begin(self, sock: socket.socket, origin: Origin, taken: _Taken, over: Over) -> None:
         handler = self._handler
-        if handler is None or self._brokers.is_closed or len(self.connections) >= MAX_CONNECTIONS:
+        if handler is None or self._brokers.is_closed or self._count >= MAX_CONNECTIONS:
             sock.close()
             over(0, 0, "the sandbox has ended" if handler is None else "its broker has too many connections")
             return
+        self._count += 1
 
         def ended(reason: str) -> None:
+            self._count -= 1
             connection = taken.connection
             if connection is not None:
                 self.connections.discard(connection)
@@ -86,14 +93,17 @@ class Door:
             self.connections.add(connection)
             return connection
 
-        self._service.spawn(self._serve(sock, make, over))
+        self._service.spawn(self._serve(sock, make, ended, taken))
 
-    async def _serve(self, sock: socket.socket, make: Any, over: Any) -> None:
+    async def _serve(
+        self, sock: socket.socket, make: Callable[[], Connection], ended: Callable[[str], None], taken: _Taken
+    ) -> None:
         try:
             sock.setblocking(False)
             await serve(sock, make)
         except OSError:
-            over(0, 0, "closed")
+            if taken.connection is None:
+                ended("closed")
 
     async def close(self) -> None:
         tasks = [task for each in self.connections if (task := each.task) is not None]
@@ -153,10 +163,9 @@ class Service:
     def detach(self, brokers: Brokers) -> None:
         """The sandbox is dead. Returns when all that was under way has accounted for itself. From any thread but its
         own."""
-        try:
-            future: Future[None] = asyncio.run_coroutine_threadsafe(self._detach(brokers), self.loop)
-        except RuntimeError:
+        if self.loop.is_closed():
             return
+        future: Future[None] = asyncio.run_coroutine_threadsafe(self._detach(brokers), self.loop)
         try:
             future.result(2 * END_SECONDS)
         except Exception as error:
