@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from corral.diskspace import spare_bytes
 from corral.errors import CorralError, RequestError
 from corral.gateway import capture
+from corral.policy.doors import open_brokers
 from corral.policy.model import Degradation, Policy
 from corral.sandbox import cgroups, claims, paths
 from corral.sandbox.environment import make_environment
@@ -129,9 +130,9 @@ def _set_aside(sandbox_id: str, policy: Policy) -> None:
 
 
 def has_way_out(policy: Policy) -> bool:
-    """Whether a sandbox gets one. Without a destination nothing is to be decided, and nothing leaves for want of a
-    route."""
-    return bool(policy.network.allow or policy.network.ask)
+    """Whether a sandbox gets one. Without a destination or a broker nothing is to be decided, and nothing leaves for
+    want of a route."""
+    return bool(policy.network.allow or policy.network.ask or open_brokers(policy))
 
 
 def prepare(options: Options, *, gateway: bool | None = None) -> Prepared:
