@@ -6,7 +6,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any, ClassVar
 
-from pydantic import AfterValidator, BeforeValidator, GetJsonSchemaHandler, model_validator
+from pydantic import AfterValidator, BeforeValidator, GetJsonSchemaHandler, WithJsonSchema, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
@@ -44,6 +44,11 @@ def word_of(words: type[Enum], what: str) -> BeforeValidator:
         return words(word)
 
     return BeforeValidator(read)
+
+
+def choices(words: type[Enum]) -> WithJsonSchema:
+    """The same, for editors."""
+    return WithJsonSchema({"enum": [each.value for each in words]})
 
 
 class Entry(Strict):

@@ -11,7 +11,7 @@ from corral.policy.document import quoted
 from corral.policy.fields import MAX_ENTRIES, Duration, Filled, Label
 from corral.policy.flow_rules import SecretSource
 from corral.policy.model import GIB, KIB, Column, ColumnUse, DataLimits, Dialect, Source, TableScope
-from corral.policy.notation import Entry, Short, distinct, word_of
+from corral.policy.notation import Entry, Short, choices, distinct, word_of
 from corral.policy.places import DatabaseUrl
 from corral.policy.units import SIZE, Size
 
@@ -76,7 +76,7 @@ class ColumnFile(Short):
 
     name: Annotated[str, AfterValidator(_column)]
     """As the source has it."""
-    use: Annotated[ColumnUse, word_of(ColumnUse, "what can be seen of a column")] = ColumnUse.SHOW
+    use: Annotated[ColumnUse, choices(ColumnUse), word_of(ColumnUse, "what can be seen of a column")] = ColumnUse.SHOW
     """What is seen of it: `show`, `mask`, `hash`, or `deny`."""
     personal: bool = False
     """It is about persons; records say so."""
@@ -153,7 +153,7 @@ class SourceFile(Entry):
 
     name: Label
     """What rules, queries and records call it."""
-    dialect: Annotated[Dialect, word_of(Dialect, "a kind of database that is known")]
+    dialect: Annotated[Dialect, choices(Dialect), word_of(Dialect, "a kind of database that is known")]
     """What it is: `postgresql`, `mysql` (also MariaDB), `sqlite` or `duckdb`."""
     url: DatabaseUrl
     """`postgresql://USER@HOST:PORT/DATABASE`, the same with `mysql`, or the path of a file."""

@@ -11,7 +11,7 @@ from corral.policy.fields import MAX_ENTRIES, Duration, Filled, Label, Strict, w
 from corral.policy.flow_rules import CredentialFile
 from corral.policy.matching import text_glob
 from corral.policy.model import Budget, Guard, ModelApi, Patience, Price, Treatment, Upstream
-from corral.policy.notation import Entry, distinct, word_of
+from corral.policy.notation import Entry, choices, distinct, word_of
 from corral.policy.places import IN_CLEAR, WebUrl, is_in_clear
 
 MAX_UPSTREAMS = 64
@@ -56,7 +56,7 @@ class UpstreamFile(Entry):
     """What records call it."""
     url: WebUrl
     """What comes before the paths of its API, as its own clients want it."""
-    api: Annotated[ModelApi, word_of(ModelApi, "an API of models that is known")]
+    api: Annotated[ModelApi, choices(ModelApi), word_of(ModelApi, "an API of models that is known")]
     """What it speaks: `openai` (Chat Completions and Responses) or `anthropic` (Messages)."""
     models: _MODEL_GLOBS = ("*",)
     """Globs of the names by which it is asked for models. Left out: any."""
@@ -135,7 +135,7 @@ class PatienceFile(Strict):
     """Further tries of one upstream that cannot be reached or is overloaded."""
 
 
-_TREATMENT = Annotated[Treatment, word_of(Treatment, "what can become of a request")]
+_TREATMENT = Annotated[Treatment, choices(Treatment), word_of(Treatment, "what can become of a request")]
 
 
 class GuardFile(Strict):
