@@ -10,7 +10,7 @@ import yaml
 from hypothesis import strategies as st
 
 from corral.actions import Content, Kind, Verdict
-from corral.policy.model import Credential, FlowLimits, Note, Permit, Policy, RequestRule
+from corral.policy.model import Credential, Note, Operation, Permit, Policy, RequestRule, Upstream
 
 Document = dict[str, Any]
 
@@ -106,6 +106,124 @@ QUERIES = _rules(
     },
     WORDS,
 )
+OPERATIONS = _rules(
+    {"service": WORDS},
+    {"operations": st.lists(st.sampled_from(["list*", "GET /a/*", "create"]), min_size=1, max_size=3)},
+    WORDS,
+)
+WEB_URLS = st.sampled_from(
+    ["https://models.example/v1", "https://192.0.2.1:8443/", "https://[2001:db8::1]", "http://127.0.0.1:8000/v1"]
+)
+COUNTS = st.integers(1, 65_535)
+BUDGETS = st.fixed_dictionaries(
+    {},
+    optional={
+        "tokens": COUNTS,
+        "money": st.floats(0.01, 1e6) | COUNTS,
+        "requests": COUNTS,
+        "requests_per_minute": COUNTS,
+        "concurrent": COUNTS,
+        "wall_time": st.just("2h"),
+    },
+)
+
+
+def _named(names: st.SearchStrategy[str], entry: Any) -> st.SearchStrategy[list[Any]]:
+    """Entries whose names are all different."""
+    return st.lists(st.tuples(names, entry), max_size=3, unique_by=lambda pair: pair[0].casefold()).map(
+        lambda pairs: [{"name": name, **rest} if isinstance(rest, dict) else name for name, rest in pairs]
+    )
+
+
+UPSTREAMS = _named(
+    WORDS,
+    st.fixed_dictionaries(
+        {"url": WEB_URLS, "api": st.sampled_from(["openai", "anthropic"])},
+        optional={
+            "models": st.lists(st.sampled_from(["gpt-*", "*", "claude"]), min_size=1, max_size=2).map(
+                lambda globs: [*globs, "*"]
+            ),
+            "credential": CREDENTIALS,
+            "rename": st.dictionaries(WORDS, WORDS, max_size=2),
+        },
+    ),
+)
+PRICES = st.lists(
+    st.fixed_dictionaries(
+        {"model": WORDS.map(lambda word: f"{word}*"), "input": st.floats(0, 100), "output": st.integers(0, 100)},
+        optional={"cached": st.floats(0, 100), "written": st.floats(0, 100)},
+    ),
+    max_size=3,
+)
+COLUMNS = _named(
+    LABELS,
+    st.none()
+    | st.fixed_dictionaries({}, optional={"use": st.sampled_from(["show", "mask", "hash"]), "personal": st.booleans()}),
+).filter(bool)
+TABLES = _named(
+    LABELS | LABELS.map(lambda name: f"public.{name}"),
+    st.fixed_dictionaries(
+        {"columns": COLUMNS},
+        optional={
+            "rows": st.sampled_from(["a = 'x'", "a > 1\n"]),
+            "statements": st.lists(st.sampled_from(["select", "INSERT", "update"]), min_size=1, max_size=3),
+        },
+    ),
+)
+DATA_LIMITS = {
+    "rows": COUNTS,
+    "bytes": st.integers(1024, 1 << 30) | st.just("1MiB"),
+    "time": st.just("10s"),
+    "queries_per_minute": COUNTS,
+    "concurrent": st.integers(1, 1024),
+}
+DATA_SOURCES = _named(
+    WORDS,
+    st.fixed_dictionaries(
+        {"dialect": st.sampled_from(["sqlite", "duckdb"]), "url": PATHS},
+        optional={
+            "tables": TABLES,
+            "limits": st.fixed_dictionaries({}, optional=DATA_LIMITS),
+            "hold_writes": st.booleans(),
+        },
+    )
+    | st.fixed_dictionaries(
+        {"dialect": st.just("postgresql"), "url": st.sampled_from(["postgres://me@db.example/d"])},
+        optional={
+            "password": SOURCES,
+            "role": st.just("reader"),
+            "tables": TABLES,
+            "limits": st.fixed_dictionaries({}, optional={**DATA_LIMITS, "cost": st.floats(1, 1e6)}),
+        },
+    ),
+)
+OPERATION = st.sampled_from(["list", "create", "GET /a/{id}"])
+SERVICES = _named(
+    WORDS,
+    st.fixed_dictionaries(
+        {"document": PATHS, "url": WEB_URLS},
+        optional={
+            "operations": st.lists(OPERATION, max_size=3, unique=True)
+            | st.tuples(
+                st.fixed_dictionaries(
+                    {"id": OPERATION},
+                    optional={
+                        "parameters": st.dictionaries(
+                            st.sampled_from(["a", "body.b.c"]),
+                            WORDS | st.lists(WORDS, min_size=1, max_size=2),
+                            max_size=2,
+                        )
+                    },
+                )
+            ).map(list),
+            "credential": CREDENTIALS,
+            "requests_per_minute": COUNTS,
+            "concurrent": st.integers(1, 1024),
+            "time": st.just("30s"),
+            "bytes": st.integers(1024, 1 << 30),
+        },
+    ),
+)
 CALLS = st.lists(st.sampled_from(["mlock", "sync", "personality", "setsockopt"]), max_size=3)
 ANSWERS = st.sampled_from(["allow", "ask", "deny"])
 VARIABLES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,10}", fullmatch=True)
@@ -154,8 +272,25 @@ DOCUMENTS: st.SearchStrategy[Document] = _section(
         allow=st.lists(VARIABLES | VARIABLES.map(lambda name: f"{name}*"), max_size=3),
         set=st.dictionaries(VARIABLES, st.text(st.characters(codec="utf-8", exclude_characters="\0")), max_size=3),
     ),
-    model=_section(allow=MODELS, ask=MODELS, deny=MODELS),
-    data=_section(allow=QUERIES, ask=QUERIES, deny=QUERIES),
+    model=_section(
+        allow=MODELS,
+        ask=MODELS,
+        deny=MODELS,
+        upstreams=UPSTREAMS,
+        currency=st.sampled_from(["USD", "EUR"]),
+        prices=PRICES,
+        session=BUDGETS,
+        agent=BUDGETS,
+        agent_period=st.just("24h"),
+        patience=_section(connect=st.just("1s"), first=st.just("1m"), idle=st.just("1m"), retries=st.integers(0, 10)),
+        guard=_section(
+            scanners=st.lists(LABELS, max_size=2),
+            finding=st.sampled_from(["block", "record"]),
+            failure=st.sampled_from(["block", "record"]),
+        ),
+    ),
+    data=_section(allow=QUERIES, ask=QUERIES, deny=QUERIES, sources=DATA_SOURCES),
+    api=_section(allow=OPERATIONS, ask=OPERATIONS, deny=OPERATIONS, services=SERVICES),
     approvals=_section(timeout=st.floats(0.001, 1000) | st.just("5m"), freeze=st.booleans()),
     log=_section(
         asynchronous=st.lists(st.sampled_from([each.value for each in Kind]), max_size=3),
@@ -200,7 +335,7 @@ def _value_of(value: Any) -> Any:
     if isinstance(value, Credential):
         kind = {"type": value.kind.value, "from": value.source}
         return kind | {name: getattr(value, name) for name in ("header", "user") if getattr(value, name)}
-    if isinstance(value, FlowLimits):
+    if dataclasses.is_dataclass(value):
         return _section_of(value)
     if isinstance(value, Enum):
         return value.name.lower() if isinstance(value, Verdict) else value.value
@@ -211,8 +346,17 @@ def _rule_of(rule: Any) -> Document:
     if isinstance(rule, RequestRule):
         return {"path": rule.path} | ({"method": list(rule.methods)} if rule.methods else {})
     document = _section_of(rule)
-    note: Note = document.pop("note")
-    document |= {"reason": note.reason, "advice": note.advice, "private": note.private}
+    if "note" in document:
+        note: Note = rule.note
+        del document["note"]
+        document |= {"reason": note.reason, "advice": note.advice, "private": note.private}
+    if isinstance(rule, Upstream):
+        document["rename"] = dict(rule.rename)
+    if isinstance(rule, Operation):
+        document["parameters"] = {each.name: list(each.values) for each in rule.parameters}
+    for name in ("rows", "password", "role"):
+        if document.get(name) == "":
+            del document[name]
     if ports := document.pop("ports", None):
         document["port"] = [f"{low}-{high}" for low, high in ports]
     if "network" in document:

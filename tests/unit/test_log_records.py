@@ -29,6 +29,7 @@ from corral.actions import (
     Kind,
     Meaning,
     ModelCall,
+    Operation,
     Origin,
     Process,
     Program,
@@ -82,6 +83,7 @@ SUBJECTS: dict[Kind, st.SearchStrategy[Any]] = {
     Kind.HTTP_REQUEST: st.builds(Request, ENDPOINTS, HOSTILE, HOSTILE, st.sampled_from(Meaning)),
     Kind.MODEL_CALL: st.builds(ModelCall, HOSTILE),
     Kind.DATA_QUERY: st.builds(Query, HOSTILE, HOSTILE, st.lists(HOSTILE, max_size=3).map(tuple)),
+    Kind.API_CALL: st.builds(Operation, HOSTILE, HOSTILE, HOSTILE),
     Kind.KERNEL: st.builds(KernelCall, HOSTILE, NUMBERS, HOSTILE, st.booleans()),
 }
 FILES = st.builds(File, HOSTILE, st.sampled_from(Access), HOSTILE)
@@ -194,6 +196,7 @@ def kinds_of_events() -> Iterator[Event]:
         Kind.HTTP_REQUEST: Request(endpoint, "GET", "/a"),
         Kind.MODEL_CALL: ModelCall("model-1"),
         Kind.DATA_QUERY: Query("warehouse", "select", ("a", "b")),
+        Kind.API_CALL: Operation("tickets", "createTicket", "POST"),
         Kind.KERNEL: KernelCall("mount", 1, "no"),
     }
     for kind in Kind:

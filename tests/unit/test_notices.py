@@ -23,6 +23,7 @@ from corral.actions import (
     KernelCall,
     Kind,
     ModelCall,
+    Operation,
     Origin,
     Process,
     Program,
@@ -98,6 +99,7 @@ def test_a_refusal_is_described() -> None:
         (Kind.HTTP_REQUEST, Request(HTTPS, "PUT", "/x"), "The HTTP request PUT 192.0.2.1:443/x was refused."),
         (Kind.MODEL_CALL, ModelCall("m"), "A call of the model m was refused."),
         (Kind.DATA_QUERY, Query("crm", "delete", ("people",)), "The query delete people of crm was refused."),
+        (Kind.API_CALL, Operation("desk", "close", "POST"), "The operation close of desk was refused."),
         (Kind.SANDBOX_APPLY, Verb(("/a",)), "Applying the changes of this sandbox /a was refused."),
     ],
 )

@@ -27,7 +27,7 @@ def parse(text: str) -> Policy:
 def test_the_hash_is_that_of_the_form() -> None:
     form = canonical_form(Policy())
     assert policy_hash(Policy()) == f"sha256:{hashlib.sha256(form).hexdigest()}"
-    assert json.loads(form)["version"] == 6
+    assert json.loads(form)["version"] == 7
     assert form == json.dumps(json.loads(form), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
@@ -139,6 +139,11 @@ def test_a_path_of_any_bytes_is_told_from_its_own_description() -> None:
     assert policy_hash(odd) != policy_hash(Policy(filesystem=Filesystem(read=("/\\xff",))))
 
 
+ORDERED = {"argv", "resolvers", "upstreams", "prices", "columns"}
+NAMED = {"sources", "tables", "services", "operations"}
+"""Lists whose entries have names, of which none may be given twice (those of ``operations`` in services only)."""
+
+
 def _shuffled(value: Any, rng: random.Random, name: str = "") -> Any:
     if isinstance(value, dict):
         keys = list(value)
@@ -146,8 +151,8 @@ def _shuffled(value: Any, rng: random.Random, name: str = "") -> Any:
         return {key: _shuffled(value[key], rng, key) for key in keys}
     if isinstance(value, list):
         items = [_shuffled(item, rng) for item in value]
-        if name not in ("argv", "resolvers"):
-            items += rng.choices(items, k=2) if items else []
+        if name not in ORDERED:
+            items += rng.choices(items, k=2) if items and name not in NAMED else []
             rng.shuffle(items)
         return items
     return value

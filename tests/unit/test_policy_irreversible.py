@@ -68,7 +68,10 @@ def test_every_kind_says_whether_it_can_be_taken_back() -> None:
         kind for kind in Kind if kind.value.startswith("file.")
     }
     lost = {Kind.SANDBOX_RESTORE, Kind.SANDBOX_APPLY, Kind.SANDBOX_UNDO, Kind.SANDBOX_DISCARD}
-    assert {kind for kind in Kind if kind.reversible is Reversible.NO} == {Kind.HTTP_REQUEST, Kind.DATA_QUERY, *lost}
+    assert {kind for kind in Kind if kind.reversible is Reversible.NO} == {
+        *(Kind.HTTP_REQUEST, Kind.DATA_QUERY, Kind.API_CALL),
+        *lost,
+    }
 
 
 @pytest.mark.parametrize(

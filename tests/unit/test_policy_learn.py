@@ -158,6 +158,8 @@ def test_the_format_is_what_the_documentation_says() -> None:
                 "argv": ["python3", "x.py"],
                 "ancestors": [{"pid": 2, "exe": "/bin/sh"}],
             },
+            "tool": "",
+            "unexplained": False,
         },
         "cut": [],
     }

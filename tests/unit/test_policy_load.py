@@ -617,7 +617,7 @@ def test_an_unknown_resource_on_the_command_line() -> None:
     ]
     assert override_problems(allow="1") == [
         "command line: resources.allow: unknown field (did you mean "
-        "`network.allow`, `process.allow`, `environment.allow`, `model.allow` or `data.allow`?)"
+        "`network.allow`, `process.allow`, `environment.allow`, `model.allow`, `data.allow` or `api.allow`?)"
     ]
 
 

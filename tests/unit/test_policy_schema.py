@@ -14,7 +14,7 @@ import yaml
 from hypothesis import given, settings
 
 from corral.errors import PolicyError
-from corral.policy import fields, flow_rules, model, notation, rules, schema
+from corral.policy import fields, flow_rules, model, notation, rules, schema, services, sources, upstreams
 from corral.policy.json_schema import json_schema
 from corral.policy.load import parse_policy
 from corral.policy.model import Policy
@@ -30,12 +30,25 @@ RULES: dict[type[notation.Rule], set[str]] = {
     rules.ExecRuleFile: {"path", "argv"},
     rules.ModelRuleFile: {"name"},
     rules.DataRuleFile: {"source", "statements", "tables"},
+    rules.ApiRuleFile: {"service", "operations"},
 }
 PARTS: dict[type[fields.Strict], set[str]] = {
     flow_rules.RequestRuleFile: {"method", "path"},
     flow_rules.CredentialFile: {"type", "from", "header", "user"},
     flow_rules.LimitsFile: {"connections", "up", "down", "session_up", "session_down"}
     | {"idle", "dial", "header", "body"},
+    upstreams.UpstreamFile: {"name", "url", "api", "models", "credential", "rename"},
+    upstreams.PriceFile: {"model", "input", "output", "cached", "written"},
+    upstreams.BudgetFile: {"tokens", "money", "requests", "requests_per_minute", "concurrent", "wall_time"},
+    upstreams.PatienceFile: {"connect", "first", "idle", "total", "retries"},
+    upstreams.GuardFile: {"scanners", "finding", "failure"},
+    sources.SourceFile: {"name", "dialect", "url", "password", "role", "tables", "limits", "hold_writes"},
+    sources.TableFile: {"name", "columns", "rows", "statements"},
+    sources.ColumnFile: {"name", "use", "personal"},
+    sources.DataLimitsFile: {"rows", "bytes", "time", "cost", "queries_per_minute", "concurrent"},
+    services.ServiceFile: {"name", "document", "url", "operations", "credential"}
+    | {"requests_per_minute", "concurrent", "time", "bytes"},
+    services.OperationFile: {"id", "parameters"},
 }
 NOTE = {"reason", "advice", "private"}
 
@@ -79,7 +92,8 @@ def test_the_reference_names_every_field() -> None:
     rows = re.findall(r"^\| `([a-z_.]+)` \|", DOC.read_text(), re.MULTILINE)
     words = {*rules.PROTOCOLS, *(each.value for each in model.Permit if each.value.isalpha())}
     assert set(rows) > words
-    assert set(rows) - set(PROFILES) - words == known | set.union(NOTE, *RULES.values(), *PARTS.values())
+    fields_of_parts = set.union(NOTE, *RULES.values(), *PARTS.values())
+    assert set(rows) - set(PROFILES) - words == (known | fields_of_parts) - words
 
 
 def test_rules_have_the_fields_that_the_reference_names() -> None:
@@ -87,7 +101,7 @@ def test_rules_have_the_fields_that_the_reference_names() -> None:
         assert set(rule.model_fields) == names | NOTE
     for part, names in PARTS.items():
         assert {field.alias or name for name, field in part.model_fields.items()} == names
-    kinds = [model.NetworkRule, model.ExecRule, model.ModelRule, model.DataRule]
+    kinds = [model.NetworkRule, model.ExecRule, model.ModelRule, model.DataRule, model.ApiRule]
     assert all("note" in {field.name for field in dataclasses.fields(kind)} for kind in kinds)
 
 
@@ -168,6 +182,22 @@ def test_making_the_schema_leaves_no_trace() -> None:
         "environment: {set: {A: 1}}",
         "environment: {allow: ['*']}",
         "data: {allow: [{source: w, tables: []}]}",
+        "api: {allow: [{service: s, operations: []}]}",
+        "api: {services: [{name: s, document: d, url: ftp://a.example}]}",
+        "api: {services: [{name: s, document: d, url: https://a.example, operations: [{parameters: {}}]}]}",
+        "data: {sources: [{name: s, dialect: oracle, url: ./s}]}",
+        "data: {sources: [{name: s, dialect: sqlite, url: ./s, password: secret}]}",
+        "data: {sources: [{name: s, dialect: sqlite, url: ./s, tables: [{name: t, columns: []}]}]}",
+        "data: {sources: [{name: s, dialect: sqlite, url: ./s, tables: [{name: t}]}]}",
+        "model: {upstreams: [{name: u, url: https://a.example}]}",
+        "model: {upstreams: [{name: u, url: https://a.example, api: magic}]}",
+        "model: {upstreams: [{name: u, url: https://a.example, api: openai, models: []}]}",
+        "model: {currency: usd}",
+        "model: {prices: [{model: m, input: 1}]}",
+        "model: {session: {tokens: 0}}",
+        "model: {session: {money: -1}}",
+        "model: {patience: {retries: 11}}",
+        "model: {guard: {finding: allow}}",
         "approvals: {timeout: soon}",
         "allow_degraded: [seccomp]",
     ],

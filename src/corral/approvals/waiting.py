@@ -18,6 +18,7 @@ from corral.actions import (
     File,
     KernelCall,
     Meaning,
+    Operation,
     Program,
     Query,
     Request,
@@ -115,6 +116,9 @@ def describe(subject: Subject) -> str:
         return _cut(f"{method} at {where}: {shlex.quote(subject.path)}")
     if isinstance(subject, Query):
         return _cut(f"{subject.statement} of {shlex.quote(subject.source)}: {shlex.join(_cut_words(subject.tables))}")
+    if isinstance(subject, Operation):
+        operation, service = shlex.quote(subject.operation), shlex.quote(subject.service)
+        return _cut(f"{operation} of {service} ({shlex.quote(subject.method)})")
     if isinstance(subject, Verb):
         return _cut(shlex.join(_cut_words(subject.names)))
     return _cut(shlex.quote(str(subject)))

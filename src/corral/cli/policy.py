@@ -15,9 +15,11 @@ from corral.policy.canonical import policy_hash
 from corral.policy.expectations import load_expectations, table_beside
 from corral.policy.explain import FORMS, find_rule, parse_action
 from corral.policy.irreversible import unseen_rules
+from corral.policy.judgement import Judgement
 from corral.policy.load import load_policy
+from corral.policy.loose_ends import loose_ends
 from corral.policy.model import Policy
-from corral.policy.part import Judgement, PolicyPart
+from corral.policy.part import PolicyPart
 from corral.policy.profiles import DEFAULT_PROFILE
 
 
@@ -35,6 +37,7 @@ def _summary(policy: Policy) -> str:
         ("process", policy.process),
         ("model", policy.model),
         ("data", policy.data),
+        ("api", policy.api),
         ("filesystem", policy.filesystem),
         ("syscalls", policy.syscalls),
     )
@@ -54,11 +57,11 @@ def check(paths: Sequence[str], *, as_json: bool) -> int:
             policy = load_policy(path)
         except PolicyError as error:
             problems = list(error.problems)
-            rows.append({"file": path, "hash": None, "summary": None, "unseen": [], "problems": problems})
+            rows.append({"file": path, "hash": None, "summary": None, "unseen": [], "loose": [], "problems": problems})
         else:
             unseen = [f"{rule} ({spoken})" for rule, spoken in unseen_rules(policy)]
             known = {"file": path, "hash": policy_hash(policy), "summary": _summary(policy)}
-            rows.append({**known, "unseen": unseen, "problems": []})
+            rows.append({**known, "unseen": unseen, "loose": list(loose_ends(policy)), "problems": []})
     if as_json:
         _print_json(rows)
     else:
@@ -67,6 +70,8 @@ def check(paths: Sequence[str], *, as_json: bool) -> int:
                 print(f"{printable(str(row['file']))}: {row['hash']}\n  {row['summary']}")
             if row["unseen"]:
                 print(f"  nobody is asked about writes that are not seen: under {', '.join(row['unseen'])}")
+            for end in row["loose"] or ():
+                print(f"  {printable(end)}")
             for problem in row["problems"] or ():
                 complain(problem)
     return PolicyError.exit_code if any(row["problems"] for row in rows) else 0

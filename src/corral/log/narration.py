@@ -39,6 +39,7 @@ _KINDS = {
     Kind.HTTP_REQUEST: ItemKind.FLOW,
     Kind.MODEL_CALL: ItemKind.REASONING,
     Kind.DATA_QUERY: ItemKind.TOOL_CALL,
+    Kind.API_CALL: ItemKind.TOOL_CALL,
     Kind.SANDBOX_SNAPSHOT: ItemKind.LIFECYCLE,
     Kind.SANDBOX_RESTORE: ItemKind.LIFECYCLE,
     Kind.SANDBOX_FORK: ItemKind.LIFECYCLE,

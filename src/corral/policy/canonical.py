@@ -14,11 +14,17 @@ from typing import Any
 import rfc8785
 
 from corral.actions import Verdict
-from corral.policy.model import Environment, ExecRule, Network, Policy
+from corral.policy.model import Environment, ExecRule, Model, Network, Policy, TableScope
 
-VERSION = 6
+VERSION = 7
 """Of this form. Raised whenever the same policy would get other bytes."""
-_ORDERED = {(ExecRule, "argv"), (Network, "resolvers")}
+_ORDERED = {
+    (ExecRule, "argv"),
+    (Network, "resolvers"),
+    (Model, "upstreams"),
+    (Model, "prices"),
+    (TableScope, "columns"),
+}
 """The lists whose order means something."""
 
 
@@ -26,7 +32,7 @@ def canonical_form(policy: Policy) -> bytes:
     """All values of ``policy``, defaults included, as canonical JSON in UTF-8.
 
     In the place of the values of ``environment.set`` is their SHA-256. That hides nothing that can be guessed: the
-    place of a secret is ``credential`` of a network rule, of which no value is in a policy.
+    places of secrets are ``credential`` and ``password``, which say only where one is found.
     """
     form = _form(policy)
     form["version"] = VERSION

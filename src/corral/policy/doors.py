@@ -8,6 +8,8 @@ from corral.policy.model import Policy
 
 PORT = 80
 """Of all of them."""
+ZONE = "corral.internal"
+"""Below it are the names of brokers and nothing else: no rule about destinations is about a name there."""
 
 
 class Broker(Enum):
@@ -20,7 +22,7 @@ class Broker(Enum):
     @property
     def host(self) -> str:
         """Its name inside."""
-        return f"{self.value}.corral.internal"
+        return f"{self.value}.{ZONE}"
 
     @property
     def url(self) -> str:
@@ -28,12 +30,23 @@ class Broker(Enum):
         return f"http://{self.host}"
 
 
+_OPENED_BY = {Broker.MODEL: "model.upstreams", Broker.DATA: "data.sources", Broker.API: "api.services"}
 _BY_HOST = {broker.host: broker for broker in Broker}
 
 
 def broker_of(name: str | None) -> Broker | None:
     """Whose name this is."""
     return None if name is None else _BY_HOST.get(name)
+
+
+def is_reserved(name: str | None) -> bool:
+    """Whether a name, in its one form, is the zone of the brokers, or below it."""
+    return name is not None and (name == ZONE or name.endswith(f".{ZONE}"))
+
+
+def opened_by(broker: Broker) -> str:
+    """The field of a policy that opens it."""
+    return _OPENED_BY[broker]
 
 
 def is_open(policy: Policy, broker: Broker) -> bool:

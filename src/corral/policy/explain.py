@@ -1,7 +1,8 @@
 """Actions as people write them, and where in a policy file the rule stands that decides one.
 
 The words are those of `corral policy explain` and of tables of expected verdicts: ``connect github.com:443``,
-``exec /usr/bin/git push origin``, ``open /work/.env --write``, ``query warehouse select orders``.
+``exec /usr/bin/git push origin``, ``open /work/.env --write``, ``query warehouse select orders``, ``api tickets
+createTicket POST``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from corral.actions import (
     Kind,
     Meaning,
     ModelCall,
+    Operation,
     Origin,
     Program,
     Query,
@@ -42,7 +44,7 @@ connect /path/of/a/socket                      listen PORT
 exec PROGRAM [ARGUMENT...]                     open PATH [--write]         rename PATH PATH
 unlink PATH                                    link PATH PATH              chmod PATH
 syscall NAME                                   model NAME                  query SOURCE STATEMENT [TABLE...]
-apply [PATH...]"""
+api SERVICE OPERATION METHOD                   apply [PATH...]"""
 """The forms of an action in words."""
 
 _NOBODY = Origin("explain", "explain")
@@ -168,6 +170,13 @@ def _query(words: Sequence[str]) -> tuple[Kind, Subject]:
     return Kind.DATA_QUERY, Query(words[0], words[1].lower(), tuple(words[2:]))
 
 
+def _operation(words: Sequence[str]) -> tuple[Kind, Subject]:
+    service, operation, method = _only(words, 3)
+    if not (method.isascii() and method.isalpha()):
+        raise ValueError(f"{quoted(method)} is not the method of a request (write for example POST)")
+    return Kind.API_CALL, Operation(service, operation, method.upper())
+
+
 _READERS: dict[str, Callable[[Sequence[str]], tuple[Kind, Subject]]] = {
     "connect": _connection(Kind.NET_CONNECT),
     "send": _connection(Kind.NET_SEND),
@@ -186,6 +195,7 @@ _READERS: dict[str, Callable[[Sequence[str]], tuple[Kind, Subject]]] = {
     "syscall": lambda words: (Kind.KERNEL, KernelCall(_only(words, 1)[0], 1, "")),
     "model": lambda words: (Kind.MODEL_CALL, ModelCall(_only(words, 1)[0])),
     "query": _query,
+    "api": _operation,
     "apply": lambda words: (Kind.SANDBOX_APPLY, Verb(tuple(words))),
 }
 

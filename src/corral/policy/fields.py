@@ -143,7 +143,8 @@ def applied_glob(pattern: str) -> str:
     return checked_glob(f"/{glob.removeprefix('/')}" if "/" in glob else f"/**/{glob}")
 
 
-def _whole(glob: str) -> str:
+def whole_glob(glob: str) -> str:
+    """A glob that does not end in the middle of something."""
     if (len(glob) - len(glob.rstrip("\\"))) % 2:
         raise ValueError(rf"{quoted(glob)}: `\` takes the meaning from the next character, and there is none (`\\`?)")
     return glob
@@ -159,7 +160,7 @@ def checked_glob(pattern: str) -> str:
         raise ValueError(f"{shown} has an empty part, `.` or `..` in it (write it as the resolved path looks)")
     if any("**" in part and part != "**" for part in parts):
         raise ValueError(f"{shown}: `**` stands for whole parts of a path (write for example `/src/**/*.py`)")
-    return _bounded_path(_whole(pattern), shown)
+    return _bounded_path(whole_glob(pattern), shown)
 
 
 def program_glob(pattern: str) -> str:
@@ -207,7 +208,7 @@ def word_glob(text: str) -> str:
     """A glob of plain words: models, tables."""
     if not text or not text.isprintable() or " " in text or len(text) > _LONGEST_NAME:
         raise ValueError(f"{quoted(text)} is not a name or a pattern of names (no blanks, at most {_LONGEST_NAME})")
-    return _whole(text)
+    return whole_glob(text)
 
 
 def argument_globs(globs: tuple[str, ...]) -> tuple[str, ...]:
@@ -215,7 +216,7 @@ def argument_globs(globs: tuple[str, ...]) -> tuple[str, ...]:
     for glob in globs:
         if "\0" in glob or len(glob) > _LONGEST_PATH:
             raise ValueError(f"{quoted(glob)} holds a NUL character, or more than {_LONGEST_PATH} others")
-        _whole(glob)
+        whole_glob(glob)
     if "**" in globs[:-1]:
         raise ValueError("`**` stands for all further arguments, and can only be the last (`*` stands for one)")
     return globs

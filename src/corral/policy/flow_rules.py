@@ -126,7 +126,8 @@ def _kind(word: object) -> CredentialKind:
     return CredentialKind(word)
 
 
-def _source(text: object, info: ValidationInfo) -> str:
+def secret_source(text: object, info: ValidationInfo) -> str:
+    """Where a secret is outside. Nothing is echoed."""
     if not isinstance(text, str):
         raise ValueError(_NO_SOURCE)
     kind, colon, where = text.partition(":")
@@ -154,6 +155,11 @@ def _user(name: str) -> str:
     return name
 
 
+SecretSource = Annotated[
+    str, BeforeValidator(secret_source), WithJsonSchema({"type": "string", "pattern": "^(env:[A-Za-z_]|file:.)"})
+]
+
+
 class CredentialFile(Strict):
     """A credential that the gateway puts into requests, and that nothing inside ever sees."""
 
@@ -161,9 +167,7 @@ class CredentialFile(Strict):
         CredentialKind, BeforeValidator(_kind), WithJsonSchema({"enum": [each.value for each in CredentialKind]})
     ]
     """How it is put in."""
-    source: Annotated[
-        str, BeforeValidator(_source), WithJsonSchema({"type": "string", "pattern": "^(env:[A-Za-z_]|file:.)"})
-    ] = Field(alias="from")
+    source: SecretSource = Field(alias="from")
     """Where the secret is outside: `env:NAME`, or `file:` and a path."""
     header: Annotated[str, AfterValidator(_header)] | None = None
     """The name of the header; with `type: header`."""

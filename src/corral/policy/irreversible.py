@@ -1,8 +1,9 @@
-"""What ``irreversible`` of a policy is about: requests and queries that change something outside for good.
+"""What ``irreversible`` of a policy is about: requests, queries and operations that change something outside for good.
 
 A rule without methods says where an agent may go, not what it may do there: a write that only such rules allow is put
 to a person. A rule that names the method (``requests: [POST /v1/messages]``), or the statement of a query, is that
-person's word already, given when the policy was written, and is not asked for once more.
+person's word already, given when the policy was written, and is not asked for once more. So is one that has the id of
+an operation of a service.
 
 It can only raise a verdict, and only of what a rule allows: what nothing allows is denied, not asked for.
 """
@@ -12,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from corral.actions import Endpoint, Meaning, Request, Verdict
+from corral.actions import Endpoint, Meaning, Operation, Request, Verdict
 from corral.policy.destinations import Destinations
-from corral.policy.model import DataRule, NetworkRule, Permit, Policy, RequestRule
+from corral.policy.matching import escape_glob
+from corral.policy.model import ApiRule, DataRule, NetworkRule, Permit, Policy, RequestRule
 
 RULE = "irreversible"
 """As opinions and records name it."""
@@ -73,6 +75,12 @@ def _reduced(rules: tuple[NetworkRule, ...]) -> Iterator[NetworkRule]:
 def names_statement(rules: tuple[DataRule, ...]) -> bool:
     """Whether one of these rules, which name a query, says its statement."""
     return any(rule.statements for rule in rules)
+
+
+def names_operation(rules: tuple[ApiRule, ...], call: Operation) -> bool:
+    """Whether one of these rules, which name a call, says its operation in full. A glob does not: what else it will
+    name one day, nobody has thought of."""
+    return any(escape_glob(call.operation) in rule.operations for rule in rules)
 
 
 def passes_unseen(rules: tuple[NetworkRule, ...], endpoint: Endpoint, *, intercepted: bool) -> bool:

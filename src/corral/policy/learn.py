@@ -2,11 +2,13 @@
 
 * What was allowed becomes a rule for exactly that: this name, port, program with these arguments, table.
 * What has consequences outside becomes an ``ask``: every destination but the sandbox's own loopback, every query that
-  is no ``select``, every system call and file that was asked for, and listening. So does what was both allowed and
-  refused, what a person or a grant had to allow, and what cannot be written exactly.
+  is no ``select``, every operation of a service that does not only read, every system call and file that was asked for,
+  and listening. So does what was both allowed and refused, what a person or a grant had to allow, and what cannot be
+  written exactly.
 * What was refused stays refused; comments say what it was.
 
-Files are not learned: what may be read and written at all is said by the sections that make mounts.
+Files are not learned: what may be read and written at all is said by the sections that make mounts. Nor are upstreams,
+sources and services: no record has what they hold.
 """
 
 from __future__ import annotations
@@ -25,20 +27,23 @@ from corral.actions import (
     KernelCall,
     Kind,
     ModelCall,
+    Operation,
     Program,
     Query,
     Request,
+    Reversible,
     Subject,
     Transport,
     Verdict,
 )
 from corral.policy.document import escaped
+from corral.policy.doors import is_reserved
 from corral.policy.fields import MAX_ENTRIES, PathGlobs, SystemCalls
 from corral.policy.learned_flows import MAX_REQUESTS, Outside, requests_of
 from corral.policy.matching import escape_glob
 from corral.policy.names import canonical_address, canonical_name
 from corral.policy.part import RESOLVER_RULE
-from corral.policy.rules import PROTOCOLS, DataRuleFile, ExecRuleFile, ModelRuleFile, NetworkRuleFile
+from corral.policy.rules import PROTOCOLS, ApiRuleFile, DataRuleFile, ExecRuleFile, ModelRuleFile, NetworkRuleFile
 
 MAX_WORDS = 8_000
 """Arguments in all exec rules together: a policy file has a bounded number of values."""
@@ -98,7 +103,8 @@ class _Learner:
         self._uses: dict[tuple[Kind, Subject, bool], _Use] = {}
         self._refused: Counter[str] = Counter()
         self._unnamed: Counter[str] = Counter()
-        self._network, self._programs, self._models, self._data = _Rules(), _Rules(), _Rules(), _Rules()
+        self._network, self._programs = _Rules(), _Rules()
+        self._models, self._data, self._api = _Rules(), _Rules(), _Rules()
         self._loopback = self._listen = False
         self._syscalls: dict[str, str] = {}
         self._files: dict[str, str] = {}
@@ -113,6 +119,8 @@ class _Learner:
             exact = True
         elif decision.rule == RESOLVER_RULE:  # names are learned, not whom they are asked
             return
+        elif isinstance(subject, Endpoint) and is_reserved(subject.name) and decision.verdict is Verdict.ALLOW:
+            return  # what was asked of the broker is learned
         elif isinstance(subject, KernelCall):
             subject = KernelCall(subject.name, 0, "")
         use = self._uses.setdefault((action.kind, subject, exact), _Use())
@@ -165,6 +173,9 @@ class _Learner:
             rule: dict[str, Any] = {"source": subject.source, "statements": (subject.statement,)}
             freely = use.freely and bool(tables) and subject.statement in _READS
             return self._rule(self._data, DataRuleFile, rule | ({"tables": tables} if tables else {}), freely)
+        if isinstance(subject, Operation):
+            call = {"service": subject.service, "operations": (escape_glob(subject.operation),)}
+            return self._rule(self._api, ApiRuleFile, call, use.freely and subject.reversible is Reversible.YES)
         return kind.value.startswith("sandbox.")
 
     def _learn_endpoint(
@@ -303,7 +314,7 @@ class _Learner:
             *(_listed("allow", self._programs.allow) or ["  allow: []"]),
             *_listed("ask", self._programs.ask),
         ]
-        for title, rules in (("model", self._models), ("data", self._data)):
+        for title, rules in (("model", self._models), ("data", self._data), ("api", self._api)):
             if rules.allow or rules.ask:
                 lines += [f"{title}:", *_listed("allow", rules.allow), *_listed("ask", rules.ask)]
         for title, names in (("syscalls", self._syscalls), ("filesystem", self._files)):

@@ -5,7 +5,7 @@ Those of destinations are in :mod:`corral.policy.destinations`.
 Two kinds of glob, one syntax. ``*`` stands for any characters, ``?`` for one, ``\\`` takes the meaning from the next
 character (at the end it is itself); brackets and braces are plain characters. In a glob of *paths* neither crosses a
 ``/``, and ``**`` as a whole part stands for any number of parts, also none: ``/work/**`` names ``/work`` and all below
-it. In a glob of *texts* (arguments, models, tables) a ``/`` is a character like any other.
+it. In a glob of *texts* (arguments, models, tables, operations) a ``/`` is a character like any other.
 
 No text takes more time than its length times that of the glob: every ``*`` is bound to the first place where what
 follows it fits (an atomic group of :mod:`re`), which is never worse than a later one.
@@ -17,8 +17,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from socket import AF_INET, AF_INET6, inet_pton
 
-from corral.actions import Program, Query
-from corral.policy.model import DataRule, ExecRule, ModelRule
+from corral.actions import Operation, Program, Query
+from corral.policy.model import ApiRule, DataRule, ExecRule, ModelRule
 from corral.policy.names import unmapped
 
 Matcher = Callable[[str], object]
@@ -194,7 +194,7 @@ class Programs:
         ]
 
 
-# ---- files, models, data ----
+# ---- files, models, data, services ----
 
 
 class Paths:
@@ -260,3 +260,18 @@ class Queries:
             if not globs or (bool(named) and all(named) if certain else any(named)):
                 found.append(index)
         return found
+
+
+class Operations:
+    """A list of rules about operations of services."""
+
+    def __init__(self, rules: tuple[ApiRule, ...]) -> None:
+        self._rules = [(rule.service, tuple(map(text_glob, rule.operations))) for rule in rules]
+
+    def all(self, call: Operation) -> list[int]:
+        """The rules that name it. A rule without operations names all of its service."""
+        return [
+            index
+            for index, (service, globs) in enumerate(self._rules)
+            if service == call.service and (not globs or any(glob(call.operation) for glob in globs))
+        ]

@@ -12,7 +12,7 @@ from typing import Any
 
 from corral.policy.fields import Strict
 from corral.policy.model import Policy
-from corral.policy.notation import Rule
+from corral.policy.notation import Entry
 from corral.policy.schema import PolicyFile
 
 ADDED = frozenset({"deny", "ask", "watch", "rules"})
@@ -33,18 +33,22 @@ def merged(base: Policy, file: PolicyFile) -> Policy:
 
 
 def _section(base: Any, given: Strict) -> Any:
+    """A section, or a mapping within one: field by field, so that a budget that a file gives takes no other away."""
     changes: dict[str, Any] = {}
     for name in given.model_fields_set:
-        value = _value(getattr(given, name))
-        if name in ADDED:
-            value = tuple(dict.fromkeys((*getattr(base, name), *value)))
-        changes[name] = value
+        said = getattr(given, name)
+        if isinstance(said, Strict):
+            changes[name] = _section(getattr(base, name), said)
+        elif name in ADDED:
+            changes[name] = tuple(dict.fromkeys((*getattr(base, name), *_value(said))))
+        else:
+            changes[name] = _value(said)
     return replace(base, **changes)
 
 
 def _value(given: Any) -> Any:
     if isinstance(given, tuple):
-        return tuple(dict.fromkeys(each.value() if isinstance(each, Rule) else each for each in given))
+        return tuple(dict.fromkeys(each.value() if isinstance(each, Entry) else each for each in given))
     if isinstance(given, dict):
         return tuple(given.items())
     return given

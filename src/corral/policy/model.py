@@ -397,6 +397,7 @@ class TableScope:
     name: str
     """As the source has it: ``customers``, ``public.customers``."""
     columns: tuple[Column, ...]
+    """In the order in which ``*`` means them."""
     rows: str = ""
     """A condition over its columns, in the source's SQL, that holds of every row that is seen or changed."""
     statements: tuple[str, ...] = ("select",)
@@ -426,7 +427,8 @@ class Source:
     name: str
     dialect: Dialect
     url: str
-    """``postgresql://user@host:5432/database``, ``mysql://...``, or the absolute path of a file; never a password."""
+    """``postgresql://user@host:5432/database``, ``mysql://...``, always with the port, or the absolute path of a file;
+    never a password."""
     password: str = ""
     """Where it is outside: ``env:NAME`` or ``file:/path``."""
     role: str = ""
@@ -636,6 +638,6 @@ class Policy:
     detection: Detection = field(default_factory=Detection)
     autonomy: Autonomy = field(default_factory=Autonomy)
     irreversible: Verdict = Verdict.ASK
-    """What becomes of requests and queries that change something outside for good, where they are allowed by rules that
-    do not name their method or statement."""
+    """What becomes of requests, queries and operations that change something outside for good, where they are allowed
+    by rules that do not name their method, statement or operation."""
     allow_degraded: frozenset[Degradation] = frozenset()

@@ -8,9 +8,8 @@ matter, and one more deny never makes a verdict milder.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable
 from functools import cached_property
-from typing import NamedTuple
 
 from corral.actions import (
     Action,
@@ -19,6 +18,7 @@ from corral.actions import (
     KernelCall,
     Kind,
     ModelCall,
+    Operation,
     Opinion,
     Program,
     Query,
@@ -31,8 +31,19 @@ from corral.actions import (
     Verdict,
 )
 from corral.policy.destinations import UNHEARD, Destinations
-from corral.policy.irreversible import REASON, RULE, UNSEEN, NamedWrites, names_statement, passes_unseen
-from corral.policy.matching import AppliedPaths, Models, Paths, Programs, Queries, packed_address
+from corral.policy.doors import is_reserved, open_brokers
+from corral.policy.entrances import at_door
+from corral.policy.irreversible import (
+    REASON,
+    RULE,
+    UNSEEN,
+    NamedWrites,
+    names_operation,
+    names_statement,
+    passes_unseen,
+)
+from corral.policy.judgement import Judgement, Match, cut, judged, listed, refused
+from corral.policy.matching import AppliedPaths, Models, Operations, Paths, Programs, Queries, packed_address
 from corral.policy.model import NetworkRule, Note, Policy
 from corral.policy.terms import Terms, combined, credentials
 
@@ -47,54 +58,10 @@ _UNSPECIFIED = {bytes(4): _IPV4_LOOPBACK, bytes(16): _IPV6_LOOPBACK}
 _RESOLVER_PORT = 53
 RESOLVER_RULE = "built-in: queries go to the gateway"
 """Whatever address a DNS query is sent to, the gateway gets it and judges the name."""
-_STAY = "Do not retry or look for another way; work with what is in the sandbox, or ask the person to allow it."
-_STAY_REFUSED = "Do not retry or look for another way; work with what is in the sandbox."
-_NONE = Note()
 _FILES = frozenset(kind for kind in Kind if kind.value.startswith("file."))
 _VERBS = frozenset(kind for kind in Kind if kind.value.startswith("sandbox."))
 _REAL = frozenset({Kind.SANDBOX_APPLY, Kind.SANDBOX_UNDO})
 """What changes files outside."""
-
-
-class Match(NamedTuple):
-    """One rule that names an action."""
-
-    verdict: Verdict
-    rule: str
-    note: Note = _NONE
-
-
-class Judgement(NamedTuple):
-    """The opinion of an action, and all rules that name it."""
-
-    opinion: Opinion
-    matches: tuple[Match, ...]
-
-
-def _listed(verdict: Verdict, field: str, found: Iterable[int], rules: Sequence[object]) -> list[Match]:
-    return [Match(verdict, f"{field}[{index}]", getattr(rules[index], "note", _NONE)) for index in found]
-
-
-def _cut(subject: object, limit: int = 200) -> str:
-    text = str(subject)
-    return f"{text[:limit]}..." if len(text) > limit else text
-
-
-def _judged(matches: list[Match], section: str, doing: str) -> Judgement:
-    """The hardest match decides; of several the first that is written. ``doing`` is what a refusal says."""
-    if not matches:
-        reason = f"This sandbox may not {doing}: no rule of its policy allows it."
-        return Judgement(Opinion(Verdict.DENY, f"{section} (nothing allows it)", reason, _STAY), ())
-    first = max(matches, key=lambda match: match.verdict)
-    reason, advice = first.note.reason, first.note.advice
-    if first.verdict is Verdict.ASK:
-        reason = reason or f"This sandbox must ask before it may {doing}."
-        advice = advice or _STAY_REFUSED
-    elif first.verdict is not Verdict.ALLOW:
-        reason = reason or f"This sandbox may not {doing}: its policy denies it."
-        advice = advice or _STAY
-    asked = tuple(match.rule for match in matches if match.verdict is first.verdict is Verdict.ASK)
-    return Judgement(Opinion(first.verdict, first.rule, reason, advice, first.note.private, asked), tuple(matches))
 
 
 class _Place:
@@ -157,36 +124,40 @@ class PolicyPart:
     def explain(self, kind: Kind, subject: Subject) -> Judgement:
         """The same, with all rules that name it."""
         if kind in _FILES and isinstance(subject, File):
-            return _judged(self._file(subject), "filesystem", f"{subject.access.value} {_cut(subject)}")
+            return judged(self._file(subject), "filesystem", f"{subject.access.value} {cut(subject)}")
         if kind in _VERBS and isinstance(subject, Verb):
             verdict = Verdict.ASK if kind in _REAL else Verdict.ALLOW
-            doing = f"{kind.value.removeprefix('sandbox.')} {_cut(subject)}".rstrip()
+            doing = f"{kind.value.removeprefix('sandbox.')} {cut(subject)}".rstrip()
             named = self._applied.all(*subject.names) if kind is Kind.SANDBOX_APPLY else []
-            asked = _listed(Verdict.ASK, "apply.ask", named, self.policy.apply.ask)
-            return _judged([*asked, Match(verdict, "built-in")], "built-in", doing)
+            asked = listed(Verdict.ASK, "apply.ask", named, self.policy.apply.ask)
+            return judged([*asked, Match(verdict, "built-in")], "built-in", doing)
+        if isinstance(subject, Endpoint | Request) and is_reserved(_name_of(subject)):
+            return at_door(self.policy, kind, subject)
         match kind, subject:
             case Kind.NET_CONNECT, Endpoint():
-                return _judged(self._connection(subject), "network", f"connect to {_cut(subject)}")
+                return judged(self._connection(subject), "network", f"connect to {cut(subject)}")
             case Kind.NET_SEND, Endpoint():
-                return _judged(self._connection(subject), "network", f"send to {_cut(subject)}")
+                return judged(self._connection(subject), "network", f"send to {cut(subject)}")
             case Kind.HTTP_REQUEST, Request():
-                return _judged(self._request(subject), "network", f"send the request {_cut(subject)}")
+                return judged(self._request(subject), "network", f"send the request {cut(subject)}")
             case Kind.NET_RESOLVE, Endpoint():
-                return _judged(self._name(subject.name), "network", f"look up {_cut(subject.name)}")
+                return judged(self._name(subject.name), "network", f"look up {cut(subject.name)}")
             case ((Kind.NET_BIND | Kind.NET_LISTEN), Endpoint()):
                 listen = Match(self.policy.network.listen, "network.listen")
-                return _judged([listen], "network", f"serve at {_cut(subject)}")
+                return judged([listen], "network", f"serve at {cut(subject)}")
             case Kind.NET_SOCKET, Socket():
-                return _refused(Match(Verdict.DENY, "syscalls"), f"This kind of socket is refused here: {subject}.")
+                return refused(Match(Verdict.DENY, "syscalls"), f"This kind of socket is refused here: {subject}.")
             case Kind.KERNEL, KernelCall():
                 return self._kernel(subject)
             case Kind.PROCESS_EXEC, Program():
-                return _judged(self._program(subject), "process", f"run {_cut(subject.path)}")
+                return judged(self._program(subject), "process", f"run {cut(subject.path)}")
             case Kind.MODEL_CALL, ModelCall():
-                return _judged(self._model(subject), "model", f"ask the model {_cut(subject)}")
+                return judged(self._model(subject), "model", f"ask the model {cut(subject)}")
             case Kind.DATA_QUERY, Query():
-                return _judged(self._query(subject), "data", f"query: {_cut(subject)}")
-        return _judged([], "policy", "do what its policy has no words for")
+                return judged(self._query(subject), "data", f"query: {cut(subject)}")
+            case Kind.API_CALL, Operation():
+                return judged(self._call(subject), "api", f"use {cut(subject)}")
+        return judged([], "policy", "do what its policy has no words for")
 
     # ---- destinations ----
 
@@ -214,14 +185,14 @@ class PolicyPart:
         else:  # nobody looks at requests here, so each may be one of them
             reachable = []
             allow = [index for index in allow if not network.allow[index].requests]
-        denied = _listed(Verdict.DENY, "network.deny", deny, network.deny)
-        if place.is_resolver and (network.allow or network.ask):
+        denied = listed(Verdict.DENY, "network.deny", deny, network.deny)
+        if place.is_resolver and (network.allow or network.ask or open_brokers(self.policy)):
             return [*denied, Match(Verdict.ALLOW, RESOLVER_RULE)]
         matches = [
             *denied,
-            *_listed(Verdict.ASK, "network.ask", ask, network.ask),
-            *_listed(Verdict.ALLOW, "network.allow", allow, network.allow),
-            *_listed(Verdict.ALLOW, "network.ask", reachable, network.ask),
+            *listed(Verdict.ASK, "network.ask", ask, network.ask),
+            *listed(Verdict.ALLOW, "network.allow", allow, network.allow),
+            *listed(Verdict.ALLOW, "network.ask", reachable, network.ask),
         ]
         if place.is_loopback and not matches:
             return [loopback]
@@ -238,9 +209,9 @@ class PolicyPart:
         place = _Place(endpoint)
         deny, ask, allow = self._found(place, request)
         matches = [
-            *_listed(Verdict.DENY, "network.deny", deny, network.deny),
-            *_listed(Verdict.ASK, "network.ask", ask, network.ask),
-            *_listed(Verdict.ALLOW, "network.allow", allow, network.allow),
+            *listed(Verdict.DENY, "network.deny", deny, network.deny),
+            *listed(Verdict.ASK, "network.ask", ask, network.ask),
+            *listed(Verdict.ALLOW, "network.allow", allow, network.allow),
         ]
         rules = [*(network.ask[index] for index in ask), *(network.allow[index] for index in allow)]
         if len(credentials(rules, endpoint.protocol)) > 1:
@@ -248,7 +219,7 @@ class PolicyPart:
             matches.append(Match(Verdict.DENY, "network (several credentials)", note))
         writes = request.reversible is Reversible.NO and not place.inside
         if matches and writes and not self._named_writes.name(request, place.reached):
-            matches += self._irreversible("method", f"`requests: [{_cut(request.method, 32)} /PATH]`")
+            matches += self._irreversible("method", f"`requests: [{cut(request.method, 32)} /PATH]`")
         return [Match(network.loopback, "network.loopback")] if place.is_loopback and not matches else matches
 
     @cached_property
@@ -281,7 +252,7 @@ class PolicyPart:
         """
         request = subject if isinstance(subject, Request) else None
         endpoint = subject.endpoint if isinstance(subject, Request) else subject
-        if endpoint.transport is Transport.UNIX:
+        if endpoint.transport is Transport.UNIX or is_reserved(endpoint.name):
             return Terms()
         _, ask, allow = self._found(_Place(endpoint), request)
         deny, _, _ = self._found(_Place(endpoint))
@@ -295,9 +266,9 @@ class PolicyPart:
         allow, ask, deny = self._networks
         network = self.policy.network
         return [
-            *_listed(Verdict.DENY, "network.deny", deny.naming(name, wholly=True), network.deny),
-            *_listed(Verdict.ALLOW, "network.ask", ask.naming(name, wholly=False), network.ask),
-            *_listed(Verdict.ALLOW, "network.allow", allow.naming(name, wholly=False), network.allow),
+            *listed(Verdict.DENY, "network.deny", deny.naming(name, wholly=True), network.deny),
+            *listed(Verdict.ALLOW, "network.ask", ask.naming(name, wholly=False), network.ask),
+            *listed(Verdict.ALLOW, "network.allow", allow.naming(name, wholly=False), network.allow),
         ]
 
     # ---- programs and files ----
@@ -317,9 +288,9 @@ class PolicyPart:
         allow, ask, deny = self._programs
         process = self.policy.process
         return [
-            *_listed(Verdict.DENY, "process.deny", deny.all(program, certain=False), process.deny),
-            *_listed(Verdict.ASK, "process.ask", ask.all(program, certain=False), process.ask),
-            *_listed(Verdict.ALLOW, "process.allow", allow.all(program, certain=True), process.allow),
+            *listed(Verdict.DENY, "process.deny", deny.all(program, certain=False), process.deny),
+            *listed(Verdict.ASK, "process.ask", ask.all(program, certain=False), process.ask),
+            *listed(Verdict.ALLOW, "process.allow", allow.all(program, certain=True), process.allow),
         ]
 
     @cached_property
@@ -330,8 +301,8 @@ class PolicyPart:
         ask, watch = self._paths
         filesystem = self.policy.filesystem
         return [
-            *_listed(Verdict.ASK, "filesystem.ask", ask.all(file.path, file.other), filesystem.ask),
-            *_listed(Verdict.ALLOW, "filesystem.watch", watch.all(file.path, file.other), filesystem.watch),
+            *listed(Verdict.ASK, "filesystem.ask", ask.all(file.path, file.other), filesystem.ask),
+            *listed(Verdict.ALLOW, "filesystem.watch", watch.all(file.path, file.other), filesystem.watch),
             # What may be read and written at all is not decided here: mounts and Landlock hold it.
             Match(Verdict.ALLOW, "filesystem"),
         ]
@@ -346,13 +317,13 @@ class PolicyPart:
         syscalls = self.policy.syscalls
         why = f"The system call {call.name} is refused here: {call.reason or 'the policy denies it'}."
         if call.name in syscalls.deny:
-            return _refused(Match(Verdict.DENY, f"syscalls.deny[{syscalls.deny.index(call.name)}]"), why)
+            return refused(Match(Verdict.DENY, f"syscalls.deny[{syscalls.deny.index(call.name)}]"), why)
         if call.name in syscalls.ask:
             asked = Match(Verdict.ASK, f"syscalls.ask[{syscalls.ask.index(call.name)}]")
-            return _judged([asked], "syscalls", f"make the system call {call.name}")
-        return _refused(Match(Verdict.DENY, "syscalls"), why)
+            return judged([asked], "syscalls", f"make the system call {call.name}")
+        return refused(Match(Verdict.DENY, "syscalls"), why)
 
-    # ---- models and data ----
+    # ---- models, data and services ----
 
     @cached_property
     def _models(self) -> tuple[Models, Models, Models]:
@@ -363,9 +334,9 @@ class PolicyPart:
         allow, ask, deny = self._models
         model = self.policy.model
         return [
-            *_listed(Verdict.DENY, "model.deny", deny.all(call.model), model.deny),
-            *_listed(Verdict.ASK, "model.ask", ask.all(call.model), model.ask),
-            *_listed(Verdict.ALLOW, "model.allow", allow.all(call.model), model.allow),
+            *listed(Verdict.DENY, "model.deny", deny.all(call.model), model.deny),
+            *listed(Verdict.ASK, "model.ask", ask.all(call.model), model.ask),
+            *listed(Verdict.ALLOW, "model.allow", allow.all(call.model), model.allow),
         ]
 
     @cached_property
@@ -378,15 +349,34 @@ class PolicyPart:
         data = self.policy.data
         asked, allowed = ask.all(query, certain=False), allow.all(query, certain=True)
         matches = [
-            *_listed(Verdict.DENY, "data.deny", deny.all(query, certain=False), data.deny),
-            *_listed(Verdict.ASK, "data.ask", asked, data.ask),
-            *_listed(Verdict.ALLOW, "data.allow", allowed, data.allow),
+            *listed(Verdict.DENY, "data.deny", deny.all(query, certain=False), data.deny),
+            *listed(Verdict.ASK, "data.ask", asked, data.ask),
+            *listed(Verdict.ALLOW, "data.allow", allowed, data.allow),
         ]
         rules = (*(data.ask[index] for index in asked), *(data.allow[index] for index in allowed))
         if matches and query.reversible is Reversible.NO and not names_statement(rules):
-            matches += self._irreversible("statement", f"`statements: [{_cut(query.statement, 32)}]`")
+            matches += self._irreversible("statement", f"`statements: [{cut(query.statement, 32)}]`")
+        return matches
+
+    @cached_property
+    def _operations(self) -> tuple[Operations, Operations, Operations]:
+        api = self.policy.api
+        return Operations(api.allow), Operations(api.ask), Operations(api.deny)
+
+    def _call(self, call: Operation) -> list[Match]:
+        allow, ask, deny = self._operations
+        api = self.policy.api
+        asked, allowed = ask.all(call), allow.all(call)
+        matches = [
+            *listed(Verdict.DENY, "api.deny", deny.all(call), api.deny),
+            *listed(Verdict.ASK, "api.ask", asked, api.ask),
+            *listed(Verdict.ALLOW, "api.allow", allowed, api.allow),
+        ]
+        rules = (*(api.ask[index] for index in asked), *(api.allow[index] for index in allowed))
+        if matches and call.reversible is Reversible.NO and not names_operation(rules, call):
+            matches += self._irreversible("operation", f"`operations: [{cut(call.operation, 32)}]`")
         return matches
 
 
-def _refused(match: Match, reason: str) -> Judgement:
-    return Judgement(Opinion(match.verdict, match.rule, reason, _STAY), (match,))
+def _name_of(subject: Endpoint | Request) -> str | None:
+    return subject.endpoint.name if isinstance(subject, Request) else subject.name

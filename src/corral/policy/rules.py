@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from corral.policy.document import quoted
+from corral.policy.doors import ZONE, is_reserved
 from corral.policy.fields import (
     MAX_ENTRIES,
     Filled,
@@ -16,10 +17,11 @@ from corral.policy.fields import (
     nearest,
     program_glob,
     statement,
+    whole_glob,
     word_glob,
 )
 from corral.policy.flow_rules import CredentialFile, LimitsFile, Permits, RequestRules
-from corral.policy.model import DataRule, ExecRule, ModelRule, NetworkRule, Permit, RequestRule
+from corral.policy.model import ApiRule, DataRule, ExecRule, ModelRule, NetworkRule, Permit, RequestRule
 from corral.policy.names import canonical_address, canonical_name, canonical_network
 from corral.policy.notation import Rule
 
@@ -28,6 +30,8 @@ PROTOCOLS = ("tls", "ssh", "http", "tcp", "udp", "socks", "connect", "stratum", 
 _WITH_REQUESTS = (None, "tls", "http")
 MAX_ARGUMENTS = 256
 """Patterns in one ``argv``."""
+MAX_OPERATION = 255
+"""Characters of a glob of operations."""
 
 
 # --- Destinations ---------------------------------------------------------------------------------------------------
@@ -76,7 +80,11 @@ def _protocol(name: object) -> object:
 def _name(text: str) -> str:
     if text == "*":
         raise ValueError('"*" is every destination: write the networks `0.0.0.0/0` and `::/0` if that is meant')
-    return canonical_name(text, wildcard=True)
+    name = canonical_name(text, wildcard=True)
+    if is_reserved(name.removeprefix("*.")):
+        opened = "`model.upstreams`, `data.sources` and `api.services`"
+        raise ValueError(f"`{ZONE}` and what is below it are brokers, which {opened} open (remove the rule)")
+    return name
 
 
 def _address(text: str) -> str:
@@ -250,7 +258,7 @@ class ExecRuleFile(Rule):
         return ExecRule(self.path, argv, self.note())
 
 
-# --- Models and data ------------------------------------------------------------------------------------------------
+# --- Models, data and services ----------------------------------------------------------------------------------------
 
 _STATEMENT = Annotated[str, AfterValidator(statement)]
 _WORD_GLOB = Annotated[str, AfterValidator(word_glob)]
@@ -302,6 +310,37 @@ class DataRuleFile(Rule):
         return DataRule(self.source, _set(self.statements), _set(self.tables), self.note())
 
 
+def _operation_glob(text: str) -> str:
+    if not text or not text.isprintable() or text != text.strip() or len(text) > MAX_OPERATION:
+        raise ValueError(f"{quoted(text)} is not a glob of operations (such as `list*`, or `GET /tickets/*`)")
+    return whole_glob(text)
+
+
+class ApiRuleFile(Rule):
+    """Operations of one service."""
+
+    service: Label
+    """The service's name."""
+    operations: Annotated[
+        tuple[Annotated[str, AfterValidator(_operation_glob)], ...], Field(max_length=MAX_ENTRIES), *Filled
+    ] = ()
+    """Globs of the ids by which `api.services` names them. Left out: any."""
+
+    short = {
+        "type": "string",
+        "minLength": 1,
+        "description": "A service's name: every operation of it.",
+        "examples": ["tickets"],
+    }
+
+    @classmethod
+    def from_text(cls, text: str) -> dict[str, object]:
+        return {"service": text}
+
+    def value(self) -> ApiRule:
+        return ApiRule(self.service, _set(self.operations), self.note())
+
+
 def _set(words: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(set(words)))
 
@@ -310,4 +349,5 @@ DeniedRules = Annotated[tuple[DeniedRuleFile, ...], Field(max_length=MAX_ENTRIES
 NetworkRules = Annotated[tuple[NetworkRuleFile, ...], Field(max_length=MAX_ENTRIES)]
 ExecRules = Annotated[tuple[ExecRuleFile, ...], Field(max_length=MAX_ENTRIES)]
 ModelRules = Annotated[tuple[ModelRuleFile, ...], Field(max_length=MAX_ENTRIES)]
+ApiRules = Annotated[tuple[ApiRuleFile, ...], Field(max_length=MAX_ENTRIES)]
 DataRules = Annotated[tuple[DataRuleFile, ...], Field(max_length=MAX_ENTRIES)]

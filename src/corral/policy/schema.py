@@ -38,7 +38,10 @@ from corral.policy.fields import (
 from corral.policy.flow_rules import Proxy, Resolvers
 from corral.policy.model import Policy
 from corral.policy.profiles import DEFAULT_PROFILE
-from corral.policy.rules import DataRules, DeniedRules, ExecRuleFile, ExecRules, ModelRules, NetworkRules
+from corral.policy.rules import ApiRules, DataRules, DeniedRules, ExecRuleFile, ExecRules, ModelRules, NetworkRules
+from corral.policy.services import Services
+from corral.policy.sources import Sources
+from corral.policy.upstreams import BudgetFile, Currency, GuardFile, PatienceFile, Prices, Upstreams
 
 _DEFAULT = Policy()
 
@@ -154,7 +157,7 @@ class EnvironmentSection(Strict):
 
 
 class ModelSection(Strict):
-    """Which models may be asked. What no rule names is denied."""
+    """Which models may be asked, where they are, and how much of them may be used. What no rule names is denied."""
 
     allow: ModelRules = ()
     """Models that may be asked."""
@@ -162,10 +165,26 @@ class ModelSection(Strict):
     """Models for which an answer is waited."""
     deny: ModelRules = ()
     """Models that may never be asked."""
+    upstreams: Upstreams = ()
+    """Where models are outside, in the order in which they are tried. Without any there is no model broker."""
+    currency: Currency = _DEFAULT.model.currency
+    """Of all prices and budgets."""
+    prices: Prices = ()
+    """What models cost; of several the first that names a model holds."""
+    session: BudgetFile = Field(default_factory=BudgetFile)
+    """How much one session may use."""
+    agent: BudgetFile = Field(default_factory=BudgetFile)
+    """How much all sessions of the agent may use together, within `agent_period`."""
+    agent_period: Duration = _DEFAULT.model.agent_period
+    """Back from now, for the budget of the agent."""
+    patience: PatienceFile = Field(default_factory=PatienceFile)
+    """How long upstreams are waited for."""
+    guard: GuardFile = Field(default_factory=GuardFile)
+    """Who looks at the results of tools before a model does."""
 
 
 class DataSection(Strict):
-    """Which data may be queried. What no rule names is denied."""
+    """Which data may be queried, and where it is. What no rule names is denied."""
 
     allow: DataRules = ()
     """Queries that may be made; one rule must cover every table of a query."""
@@ -173,6 +192,21 @@ class DataSection(Strict):
     """Queries for which an answer is waited."""
     deny: DataRules = ()
     """Queries that may never be made."""
+    sources: Sources = ()
+    """Databases, and what of them there is. Without any there is no data broker."""
+
+
+class ApiSection(Strict):
+    """Which operations of which services may be used. What no rule names is denied."""
+
+    allow: ApiRules = ()
+    """Operations that may be used."""
+    ask: ApiRules = ()
+    """Operations for which an answer is waited."""
+    deny: ApiRules = ()
+    """Operations that may never be used."""
+    services: Services = ()
+    """Services, and what of them there is. Without any there is no API broker."""
 
 
 class ApprovalsSection(Strict):
@@ -190,7 +224,8 @@ class LogSection(Strict):
     asynchronous: Kinds = _DEFAULT.log.asynchronous
     """Actions that go on before their record is durable; all others wait for it."""
     keep: KeptContent = {}
-    """What is kept beside the log, and for how long: what commands write, changes, refused connections."""
+    """What is kept beside the log, and for how long: what commands write, changes, refused connections, what is asked
+    of brokers and what models answer."""
     keep_bytes: KeptSize = _DEFAULT.log.keep_bytes
     """How much of one such content is kept."""
 
@@ -237,6 +272,7 @@ class PolicyFile(Strict):
     environment: EnvironmentSection = Field(default_factory=EnvironmentSection)
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
+    api: ApiSection = Field(default_factory=ApiSection)
     approvals: ApprovalsSection = Field(default_factory=ApprovalsSection)
     log: LogSection = Field(default_factory=LogSection)
     apply: ApplySection = Field(default_factory=ApplySection)
@@ -244,7 +280,7 @@ class PolicyFile(Strict):
     autonomy: AutonomySection = Field(default_factory=AutonomySection)
     irreversible: Answer = _DEFAULT.irreversible
     """What writes outside for good (POST, PUT, DELETE, `git push`, `insert`, ...) and is allowed by no rule that names
-    its method or statement."""
+    its method, statement or operation."""
     allow_degraded: Walls = ()
     """Walls that may be missing on this machine. Never inherited."""
 

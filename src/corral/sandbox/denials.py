@@ -157,6 +157,7 @@ _ATTEMPTS = {
     Kind.HTTP_REQUEST: "The HTTP request",
     Kind.MODEL_CALL: "A call of the model",
     Kind.DATA_QUERY: "The query",
+    Kind.API_CALL: "The operation",
     Kind.KERNEL: "The system call",
     Kind.SANDBOX_SNAPSHOT: "A snapshot of this sandbox",
     Kind.SANDBOX_RESTORE: "Restoring this sandbox",

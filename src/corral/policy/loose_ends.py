@@ -1,0 +1,95 @@
+"""What a policy says that nothing will come of: for whoever checks one. None of it is a fault, all of it a surprise.
+
+Globs are compared with globs by their text, which is right where one is the other with more in front of its ``*``; what
+is not seen to be loose is not told. A deny of what is not there is as good as any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from corral.policy.matching import escape_glob, text_glob
+from corral.policy.model import Api, ApiRule, Data, DataRule, Model, ModelRule, Policy
+
+MAX_ENDS = 50
+"""Lines; the last one counts the rest."""
+
+
+def loose_ends(policy: Policy) -> tuple[str, ...]:
+    """One line each, in the order of the sections."""
+    found = [*_of_models(policy.model), *_of_data(policy.data), *_of_services(policy.api)]
+    more = len(found) - MAX_ENDS
+    return (*found[: MAX_ENDS - 1], f"and {more + 1} more like these") if more > 0 else tuple(found)
+
+
+def _is_literal(glob: str) -> bool:
+    return escape_glob(glob) == glob
+
+
+def _covers(globs: tuple[str, ...], other: str) -> bool:
+    return any(text_glob(glob)(other) for glob in globs)
+
+
+def _of_models(model: Model) -> Iterator[str]:
+    rules: list[tuple[str, ModelRule]] = [(f"model.allow[{index}]", rule) for index, rule in enumerate(model.allow)]
+    rules += [(f"model.ask[{index}]", rule) for index, rule in enumerate(model.ask)]
+    if not model.upstreams:
+        if rules:
+            yield "model: models are allowed, but there are no `upstreams`: there is no model broker to ask"
+        return
+    if not rules:
+        yield "model.upstreams: no rule of model.allow or model.ask lets any model be asked"
+    served = tuple(glob for upstream in model.upstreams for glob in upstream.models)
+    priced = tuple(price.model for price in model.prices)
+    counted = model.session.money is not None or model.agent.money is not None
+    for place, rule in rules:
+        if _is_literal(rule.name) and not _covers(served, rule.name):
+            yield f"{place}: no upstream has the model {rule.name}"
+        elif counted and not _covers(priced, rule.name):
+            yield f"{place}: there is a budget of money, and no price for all of {rule.name}: what has none is refused"
+
+
+def _of_data(data: Data) -> Iterator[str]:
+    rules: list[tuple[str, DataRule]] = [(f"data.allow[{index}]", rule) for index, rule in enumerate(data.allow)]
+    rules += [(f"data.ask[{index}]", rule) for index, rule in enumerate(data.ask)]
+    if not data.sources:
+        if data.allow or data.ask:
+            yield "data: queries are allowed, but there are no `sources`: there is no data broker to ask"
+        return
+    tables = {source.name: tuple(table.name for table in source.tables) for source in data.sources}
+    for place, rule in rules:
+        if rule.source not in tables:
+            yield f"{place}: there is no source of the name {rule.source}"
+            continue
+        for glob in rule.tables:
+            if not any(text_glob(glob)(table) for table in tables[rule.source]):
+                yield f"{place}: {rule.source} has no table {glob}"
+    named = {rule.source for rule in (*data.allow, *data.ask)}
+    for index, source in enumerate(data.sources):
+        if not source.tables:
+            yield f"data.sources[{index}]: {source.name} has no tables, so nothing of it can be queried"
+        elif source.name not in named:
+            yield f"data.sources[{index}]: no rule of data.allow or data.ask lets {source.name} be queried"
+
+
+def _of_services(api: Api) -> Iterator[str]:
+    rules: list[tuple[str, ApiRule]] = [(f"api.allow[{index}]", rule) for index, rule in enumerate(api.allow)]
+    rules += [(f"api.ask[{index}]", rule) for index, rule in enumerate(api.ask)]
+    if not api.services:
+        if api.allow or api.ask:
+            yield "api: operations are allowed, but there are no `services`: there is no API broker to ask"
+        return
+    operations = {service.name: tuple(operation.id for operation in service.operations) for service in api.services}
+    for place, rule in rules:
+        if rule.service not in operations:
+            yield f"{place}: there is no service of the name {rule.service}"
+            continue
+        for glob in rule.operations:
+            if not any(text_glob(glob)(operation) for operation in operations[rule.service]):
+                yield f"{place}: {rule.service} has no operation {glob}"
+    named = {rule.service for rule in (*api.allow, *api.ask)}
+    for index, service in enumerate(api.services):
+        if not service.operations:
+            yield f"api.services[{index}]: {service.name} has no operations, so nothing of it can be used"
+        elif service.name not in named:
+            yield f"api.services[{index}]: no rule of api.allow or api.ask lets {service.name} be used"
