@@ -24,6 +24,7 @@ from corral.actions import (
     KernelCall,
     Kind,
     ModelCall,
+    Operation,
     Origin,
     Process,
     Program,
@@ -89,6 +90,10 @@ attempts = st.one_of(
             st.sampled_from(("select", "insert")),
             st.lists(plain_words, max_size=2).map(tuple),
         ),
+    ),
+    st.tuples(
+        st.just(Kind.API_CALL),
+        st.builds(Operation, st.sampled_from("st"), plain_words, st.sampled_from(("GET", "POST"))),
     ),
     st.tuples(st.just(Kind.KERNEL), st.builds(KernelCall, st.sampled_from(("mount", "bpf")), st.just(1), texts)),
     st.tuples(st.just(Kind.NET_SOCKET), st.builds(Socket, st.just(17), st.just(3), st.just(0))),
@@ -163,6 +168,13 @@ def test_the_format_is_what_the_documentation_says() -> None:
         },
         "cut": [],
     }
+
+
+def test_a_record_of_before_says_nothing_of_tools() -> None:
+    found = decision(Kind.NET_CONNECT, Endpoint(TCP, "192.0.2.1", 443))
+    fields = json.loads(encode(found))
+    del fields["origin"]["tool"], fields["origin"]["unexplained"]
+    assert decode(json.dumps(fields).encode() + b"\n") == (found, frozenset())
 
 
 def test_bytes_of_a_path_that_are_no_text_come_back() -> None:
@@ -321,6 +333,10 @@ def was_done(kind: Kind, subject: Subject, allowed: list[Action]) -> bool:
             same = (subject.source, subject.statement) == (other.source, other.statement)
             if same and subject.statement == "select" and subject.tables and {*subject.tables} <= {*other.tables}:
                 return True
+        elif isinstance(subject, Operation) and isinstance(other, Operation):
+            # What has an id has one method: the document's.
+            if other.method == "GET" and (subject.service, subject.operation) == (other.service, other.operation):
+                return True
         elif isinstance(subject, ModelCall) and subject == other:
             return True
     return False
@@ -355,6 +371,7 @@ CONSEQUENCES: list[tuple[Kind, Subject]] = [
     (Kind.KERNEL, KernelCall("bpf", 1, "")),
     (Kind.DATA_QUERY, Query("w", "insert", ("t",))),
     (Kind.DATA_QUERY, Query("w", "select")),
+    (Kind.API_CALL, Operation("desk", "close", "POST")),
 ]
 
 
@@ -371,6 +388,7 @@ HARMLESS: list[tuple[Kind, Subject]] = [
     (Kind.PROCESS_EXEC, Program("/bin/a", ("a", "-x"))),
     (Kind.MODEL_CALL, ModelCall("m*")),
     (Kind.DATA_QUERY, Query("w", "select", ("t", "u"))),
+    (Kind.API_CALL, Operation("desk", "GET /a/{id}", "GET")),
     (Kind.NET_RESOLVE, Endpoint(UDP, name="a.org")),
 ]
 
@@ -385,6 +403,7 @@ def test_what_has_none_is_allowed_and_nothing_beside_it(kind: Kind, subject: Sub
         Program: Program("/bin/a", ("a", "-y")),
         ModelCall: ModelCall("mm"),
         Query: Query("w", "select", ("t", "v")),
+        Operation: Operation("desk", "GET /a/{x}", "GET"),
     }
     if kind is not Kind.NET_RESOLVE:
         assert verdict(policy, kind, beside[type(subject)]) is DENY
@@ -392,6 +411,20 @@ def test_what_has_none_is_allowed_and_nothing_beside_it(kind: Kind, subject: Sub
     mixed = learned(decision(kind, subject), decision(kind, subject, DENY))
     if kind is not Kind.NET_RESOLVE:
         assert verdict(asked, kind, subject) is verdict(mixed, kind, subject) is ASK
+
+
+def test_the_way_to_a_broker_is_no_destination() -> None:
+    name = "model.corral.internal"
+    found = [
+        decision(Kind.NET_RESOLVE, Endpoint(UDP, name=name), rule="model (broker)"),
+        decision(Kind.NET_CONNECT, Endpoint(TCP, "198.18.0.1", 80, name), rule="model (broker)"),
+        decision(Kind.MODEL_CALL, ModelCall("m")),
+    ]
+    policy = learned(*found)
+    assert policy.network.allow == policy.network.ask == ()
+    assert [rule.name for rule in policy.model.allow] == ["m"]
+    refused = learn([(decision(Kind.NET_CONNECT, Endpoint(TCP, "", 443, name), DENY, rule="model (broker)"), True)])
+    assert "#   1 x net.connect model.corral.internal:443: model (broker)" in refused
 
 
 def gateway(name: str, port: int, spoken: str | None, address: str = "", **how: Any) -> Decision:

@@ -12,6 +12,7 @@ from corral.actions import Action, KernelCall, Opinion, Reversible, Verdict
 from corral.cli.foreground import complain, printable
 from corral.errors import PolicyError, RequestError
 from corral.policy.canonical import policy_hash
+from corral.policy.doors import open_brokers
 from corral.policy.expectations import load_expectations, table_beside
 from corral.policy.explain import FORMS, find_rule, parse_action
 from corral.policy.irreversible import unseen_rules
@@ -46,6 +47,8 @@ def _summary(policy: Policy) -> str:
         counts = [(word, len(getattr(section, word, ()))) for word in ("allow", "ask", "deny")]
         said = ", ".join(f"{count} {word}" for word, count in counts if count)
         parts += [f"{name} {said}"] if said else []
+    brokers = ", ".join(broker.value for broker in open_brokers(policy))
+    parts += [f"brokers for {brokers}"] if brokers else []
     return "; ".join(parts) or "no rules: all that is not free is denied"
 
 

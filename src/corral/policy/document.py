@@ -24,7 +24,7 @@ from corral.policy.model import KIB, MIB
 MAX_BYTES = MIB
 """Bytes of UTF-8 in one policy file."""
 MAX_DEPTH = 16
-"""Levels of nesting; a valid policy has six."""
+"""Levels of nesting; a valid policy has nine."""
 MAX_NODES = 20_000
 """Names and values in one policy file."""
 MAX_PROBLEMS = 100

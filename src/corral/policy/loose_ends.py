@@ -1,4 +1,5 @@
-"""What a policy says that nothing will come of: for whoever checks one. None of it is a fault, all of it a surprise.
+"""What a policy says that nothing will come of, and what leads past its brokers: for whoever checks one. None of it is
+a fault, all of it a surprise.
 
 Globs are compared with globs by their text, which is right where one is the other with more in front of its ``*``; what
 is not seen to be loose is not told. A deny of what is not there is as good as any.
@@ -7,9 +8,13 @@ is not seen to be loose is not told. A deny of what is not there is as good as a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from ipaddress import ip_address
 
+from corral.actions import Endpoint, Kind, Transport, Verdict
 from corral.policy.matching import escape_glob, text_glob
-from corral.policy.model import Api, ApiRule, Data, DataRule, Model, ModelRule, Policy
+from corral.policy.model import Api, ApiRule, Data, DataRule, Filesystem, Model, ModelRule, Policy
+from corral.policy.part import PolicyPart
+from corral.policy.places import host_and_port
 
 MAX_ENDS = 50
 """Lines; the last one counts the rest."""
@@ -17,9 +22,60 @@ MAX_ENDS = 50
 
 def loose_ends(policy: Policy) -> tuple[str, ...]:
     """One line each, in the order of the sections."""
-    found = [*_of_models(policy.model), *_of_data(policy.data), *_of_services(policy.api)]
+    found = [*_of_models(policy.model), *_of_data(policy.data), *_of_services(policy.api), *_past_brokers(policy)]
     more = len(found) - MAX_ENDS
     return (*found[: MAX_ENDS - 1], f"and {more + 1} more like these") if more > 0 else tuple(found)
+
+
+def _past_brokers(policy: Policy) -> Iterator[str]:
+    """Where the sandbox can go itself although a broker goes there for it, and what it can read itself."""
+    part = PolicyPart(policy)
+    urls = [(f"model.upstreams[{index}]", each.url) for index, each in enumerate(policy.model.upstreams)]
+    urls += [(f"data.sources[{index}]", each.url) for index, each in enumerate(policy.data.sources)]
+    urls += [(f"api.services[{index}]", each.url) for index, each in enumerate(policy.api.services)]
+    for place, url in urls:
+        if url.startswith("/"):
+            if _is_shown(policy.filesystem, url):
+                yield f"{place}: {url} is shown inside by `filesystem`, past all that `tables` says"
+        elif (endpoint := _endpoint(url)) and part.explain(Kind.NET_CONNECT, endpoint).opinion.verdict < Verdict.DENY:
+            yield f"{place}: `network` lets the sandbox connect to {endpoint} itself, past the broker"
+    for place, secret in _secrets(policy):
+        if secret.startswith("file:") and _is_shown(policy.filesystem, secret.removeprefix("file:")):
+            yield f"{place}: the file of the secret is shown inside by `filesystem`"
+
+
+def _secrets(policy: Policy) -> Iterator[tuple[str, str]]:
+    for index, upstream in enumerate(policy.model.upstreams):
+        if upstream.credential is not None:
+            yield f"model.upstreams[{index}]", upstream.credential.source
+    for index, source in enumerate(policy.data.sources):
+        yield f"data.sources[{index}]", source.password
+    for index, service in enumerate(policy.api.services):
+        if service.credential is not None:
+            yield f"api.services[{index}]", service.credential.source
+    network = policy.network
+    for field, rules in (("allow", network.allow), ("ask", network.ask)):
+        for index, rule in enumerate(rules):
+            if rule.credential is not None:
+                yield f"network.{field}[{index}]", rule.credential.source
+
+
+def _is_shown(filesystem: Filesystem, path: str) -> bool:
+    def covers(trees: tuple[str, ...]) -> bool:
+        return any(path == tree or path.startswith(f"{tree}/") for tree in trees)
+
+    return covers((*filesystem.read, *filesystem.write)) and not covers(filesystem.deny)
+
+
+def _endpoint(url: str) -> Endpoint | None:
+    """Where it leads; None for what is this machine to itself, which inside is the sandbox."""
+    host, port = host_and_port(url)
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return None if host == "localhost" else Endpoint(Transport.TCP, name=host, port=port)
+    protected = address.is_private  # only a rule that names the address leads there
+    return None if address.is_loopback else Endpoint(Transport.TCP, str(address), port, protected=protected)
 
 
 def _is_literal(glob: str) -> bool:

@@ -81,12 +81,21 @@ def web_url(text: str) -> str:
     return f"{scheme}://{host}{'' if port == _PORTS[scheme] else f':{port}'}{where}"
 
 
+def host_and_port(url: str) -> tuple[str, int]:
+    """Of a URL in its one form; an IPv6 address without its brackets."""
+    scheme, _, rest = url.partition("://")
+    authority = rest.partition("/")[0].rpartition("@")[2]
+    host, colon, port = authority.rpartition(":")
+    if not colon or authority.endswith("]"):
+        host, port = authority, str(_PORTS[scheme])
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
 def is_in_clear(url: str) -> bool:
     """Whether a secret that is sent there can be read on the way: in clear, and not to a private address."""
     if not url.startswith("http://"):
         return False
-    host = url.removeprefix("http://").partition("/")[0]
-    host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    host, _ = host_and_port(url)
     if host == "localhost":
         return False
     try:
