@@ -22,6 +22,7 @@ from corral.gateway.tunnelling import Tunnelling
 from corral.guarded import Guarded
 from corral.monitor.core import Monitor
 from corral.monitor.records import Account, Glance, unwritable
+from corral.monitor.steps import Execs, Steps
 from corral.policy.model import Credential, Policy
 from corral.policy.names import address_of
 
@@ -60,6 +61,7 @@ class Setting:
     authority: Authority | None = None
     secrets: Mapping[Credential, Secret] = field(default_factory=dict)
     """What is put into requests."""
+    steps: Steps = field(default_factory=Execs)
 
 
 class Egress:
@@ -119,7 +121,11 @@ class Egress:
         own: Opinion | None = None,
         following: Decision | None = None,
     ) -> Held | None:
-        """Has the monitor decide; ``then`` is called with the decision in the gateway's thread, at once or later."""
+        """Has the monitor decide; ``then`` is called with the decision in the gateway's thread, at once or later.
+
+        A connection may be older than the step in which something is asked over it, so ``origin`` is looked at anew.
+        """
+        origin = self.setting.steps.cause_of(origin, subject)
 
         def decided(decision: Decision) -> None:
             if threading.get_ident() == self._thread:

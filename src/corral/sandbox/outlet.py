@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from corral.gateway.egress import Egress
     from corral.monitor.core import Monitor
     from corral.monitor.records import Account, Glance
+    from corral.monitor.steps import Steps
     from corral.sandbox.prepare import Prepared
 
 
@@ -65,6 +66,7 @@ def open_egress(
     settle: Callable[[Callable[[], None]], None],
     accounts: Sequence[Account],
     glances: Sequence[Glance],
+    steps: Steps,
 ) -> Egress:
     """Opens the way out. ``doors`` are what READY has handed out for it: TCP of both families, then DNS of both; they
     are taken over."""
@@ -85,6 +87,7 @@ def open_egress(
             glances=tuple(glances),
             authority=prepared.outlet.authority,
             secrets=prepared.outlet.secrets,
+            steps=steps,
         )
     )
     service.shared().attach(egress)
