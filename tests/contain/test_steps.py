@@ -164,7 +164,9 @@ class Agent:
         self.box.core.supervision.steps.asked(self.origin, conversation)
 
     def is_answered(self, *tools: ToolCall, conversation: str = "main") -> int:
-        return self.box.core.supervision.steps.answered(self.origin, conversation, tools or (call("only", command="x"),))
+        return self.box.core.supervision.steps.answered(
+            self.origin, conversation, tools or (call("only", command="x"),)
+        )
 
     def turn(self, *tools: ToolCall, conversation: str = "main") -> int:
         self.asks(conversation)
@@ -259,9 +261,7 @@ async def test_parallel_tool_calls(agent: Agent) -> None:
     await agent.does("together", one, two, three)
     assert await agent.found(agent.ran("/bin/sh", "-c", one)) == Cause(step, "a", False)
     assert await agent.found(agent.ran("ls", "/etc")) == Cause(step, "a", False)
-    tools = [
-        decision.action.origin.tool for decision in agent.decisions() if agent.ran("/bin/sh", "-c", two)(decision)
-    ]
+    tools = [decision.action.origin.tool for decision in agent.decisions() if agent.ran("/bin/sh", "-c", two)(decision)]
     assert tools == ["b", "c"]
     await agent.does("write", "/tmp/notes.watched")
     assert await agent.found(agent.wrote("/tmp/notes.watched")) == Cause(step, "d", False)

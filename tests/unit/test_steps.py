@@ -570,17 +570,18 @@ def test_execs_are_bounded(world: World) -> None:
 @pytest.mark.parametrize("arguments", ["", "{", "[" * 100_000, "nonsense", "1" * 10_000, '"\\ud800"', "null", "{}"])
 def test_arguments_may_be_anything(arguments: str) -> None:
     wanted = Wanted(ToolCall("a", "b", arguments))
-    assert wanted.likeness(Program("/bin/ls", ("ls", "-l"))).rank == 0
-    assert wanted.likeness(File("/work/a.txt", Access.READ)).rank == 0
+    assert wanted.of_commands(commands_of(Program("/bin/ls", ("ls", "-l")))).rank == 0
+    assert wanted.of_path("/work/a.txt").rank == 0
 
 
 @given(st.text(max_size=200), st.lists(st.text(max_size=50), max_size=5))
 def test_likeness_never_fails(arguments: str, argv: list[str]) -> None:
     wanted = Wanted(ToolCall("a", "b", arguments))
     for text in ("/", arguments, *argv):
-        wanted.likeness(Program(text, tuple(argv)))
-        wanted.likeness(File(text, Access.READ, arguments))
-        wanted.likeness(Endpoint(Transport.TCP, "", 1, text))
+        program = Program(text, tuple(argv))
+        wanted.likeness(program, commands_of(program))
+        wanted.likeness(File(text, Access.READ, arguments), ())
+        wanted.likeness(Endpoint(Transport.TCP, "", 1, text), ())
     assert wanted.size <= 3 * MAX_TEXT
 
 
@@ -596,6 +597,14 @@ def test_quotes_and_wrapping_do_not_matter(words: list[str]) -> None:
         ("env", "X=1", *words),
     ):
         assert wanted.of_commands(commands_of(Program(argv[0], argv))).rank > 0, argv
+
+
+def test_long_commands_are_compared_by_their_beginning() -> None:
+    command = "cat > notes.md << EOF\n" + "several words " * 3_000
+    wanted = Wanted(ToolCall("a", "bash", json.dumps({"command": command})))
+    assert wanted.of_commands(commands_of(Program("/bin/sh", ("/bin/sh", "-c", command)))).rank > 0
+    assert wanted.of_commands(commands_of(Program("/bin/sh", ("/bin/sh", "-c", command[5:] + "y")))).rank > 0
+    assert wanted.of_commands(commands_of(Program("/bin/sh", ("/bin/sh", "-c", "dog " + command)))).rank == 0
 
 
 @pytest.mark.parametrize(

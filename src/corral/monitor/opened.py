@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from corral.actions import Subject, ToolCall
+from corral.actions import Program, Subject, ToolCall
 from corral.monitor.moments import Identity, Moment, order
-from corral.monitor.wanted import NONE, Likeness, Wanted
+from corral.monitor.wanted import NONE, Likeness, Wanted, commands_of
 
 MAX_CALLS = 128
 """Tool calls of one step that are told apart."""
@@ -63,9 +63,10 @@ def find(
 ) -> tuple[Opened, Called] | None:
     """The tool call that asks for this, if any does: the one that it is most like, of several the first."""
     best: Likeness = NONE
+    commands = commands_of(subject) if isinstance(subject, Program) else ()
     found: tuple[Opened, Called] | None = None
     for step in steps:
         for call in step.calls:
-            if is_free(call) and (likeness := call.wanted.likeness(subject)) > best:
+            if is_free(call) and (likeness := call.wanted.likeness(subject, commands)) > best:
                 best, found = likeness, (step, call)
     return found

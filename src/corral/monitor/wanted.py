@@ -16,14 +16,16 @@ from typing import NamedTuple
 from corral.actions import Endpoint, File, Program, Request, Subject, ToolCall
 
 MAX_TEXT = 64 * 1024
-"""Characters of the arguments of one tool call, and of a command, that are compared."""
+"""Characters of the arguments of one tool call that are compared."""
+MAX_COMMAND = 16 * 1024
+"""Characters of a command that are compared: its process waits meanwhile."""
 MAX_VALUES = 256
 """Values of one tool call that are compared."""
 _MAX_PARSED = 4 << 20
 """Characters of arguments that are taken for JSON at all."""
 _MIN_WORD = 4
 """Characters of a single word that says something where it is only a part of a text."""
-_BETWEEN_WORDS = re.compile(r"[\s'\"\\;|&<>(){}`$]+")
+_BETWEEN_WORDS = str.maketrans(dict.fromkeys("'\"\\;|&<>(){}`$\0", " "))
 _SCRIPT_FLAG = re.compile(r"[-+][A-Za-z]*c[A-Za-z]*")
 
 
@@ -41,7 +43,7 @@ NONE = Likeness(0, 0)
 
 def words_of(text: str) -> str:
     """The words of a text, one space between them and around them; empty where there are none."""
-    words = _BETWEEN_WORDS.sub(" ", text[:MAX_TEXT]).strip()
+    words = " ".join(text[:MAX_TEXT].translate(_BETWEEN_WORDS).split())
     return f" {words} " if words else ""
 
 
@@ -63,11 +65,11 @@ class Wanted:
         self.size = sum(map(len, chain(self._values, self._texts)))
         """Characters that it keeps."""
 
-    def likeness(self, subject: Subject | None) -> Likeness:
-        """How well an action with this subject fits."""
+    def likeness(self, subject: Subject | None, commands: Sequence[str]) -> Likeness:
+        """How well an action with this subject fits; ``commands`` are what a program can be said to run."""
         match subject:
             case Program():
-                return self.of_commands(commands_of(subject))
+                return self.of_commands(commands)
             case File():
                 return max((self.of_path(path) for path in (subject.path, subject.other) if path), default=NONE)
             case Endpoint():
@@ -96,7 +98,15 @@ class Wanted:
 
 def commands_of(program: Program) -> tuple[str, ...]:
     """What a program that is executed can be said to run: all of its arguments, the last, and a script after ``-c``."""
-    argv = program.argv
+    argv = []
+    left = MAX_COMMAND
+    for argument in program.argv:
+        argv.append(argument[:left])
+        left -= len(argument)
+        if left < 0:
+            argv[-1] = argv[-1].rpartition(" ")[0]  # half a word is like nothing
+        if left <= 0:
+            break
     found = [" ".join(argv)]
     if argv:
         found += [" ".join((os.path.basename(argv[0]), *argv[1:])), argv[-1]]
@@ -104,7 +114,7 @@ def commands_of(program: Program) -> tuple[str, ...]:
         if _SCRIPT_FLAG.fullmatch(argument):
             found += [each for each in argv[at + 1 :] if not each.startswith("-")][:1]
             break
-    texts = (words_of(each) for each in found)
+    texts = (words_of(each) for each in dict.fromkeys(found))
     return tuple(dict.fromkeys(text for text in texts if text))
 
 
