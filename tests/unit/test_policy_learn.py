@@ -126,7 +126,7 @@ def test_a_decision_comes_back_as_it_was(
 def test_the_format_is_what_the_documentation_says() -> None:
     found = decision(Kind.NET_CONNECT, Endpoint(TCP, "192.0.2.1", 443), DENY, reason="no", count=3)
     assert json.loads(encode(found)) == {
-        "version": 3,
+        "version": 4,
         "number": 1,
         "at": 1.5,
         "action": "net.connect",

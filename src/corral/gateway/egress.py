@@ -22,6 +22,7 @@ from corral.gateway.tunnelling import Tunnelling
 from corral.guarded import Guarded
 from corral.monitor.core import Monitor
 from corral.monitor.records import Account, Glance, unwritable
+from corral.monitor.steps import Execs, Steps
 from corral.policy.doors import PORT, Broker, broker_of
 from corral.policy.model import Credential, Policy
 from corral.policy.names import address_of
@@ -64,6 +65,7 @@ class Setting:
     """What is put into requests."""
     doors: Mapping[Broker, Door] = field(default_factory=dict)
     """Who takes connections to brokers over."""
+    steps: Steps = field(default_factory=Execs)
 
 
 class Egress:
@@ -128,7 +130,11 @@ class Egress:
         own: Opinion | None = None,
         following: Decision | None = None,
     ) -> Held | None:
-        """Has the monitor decide; ``then`` is called with the decision in the gateway's thread, at once or later."""
+        """Has the monitor decide; ``then`` is called with the decision in the gateway's thread, at once or later.
+
+        A connection may be older than the step in which something is asked over it, so ``origin`` is looked at anew.
+        """
+        origin = self.setting.steps.cause_of(origin, subject)
 
         def decided(decision: Decision) -> None:
             if threading.get_ident() == self._thread:

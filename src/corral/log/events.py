@@ -35,6 +35,8 @@ class ExecStarted:
     argv: tuple[str, ...]
     directory: str
     user: int
+    step: int = 0
+    """The step that it begins; 0 in records of before these were told apart from its number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ class ExecEnded:
     """Bytes: the largest resident set of any single process."""
     denials: int
     """How much its processes were refused."""
+    step: int = 0
+    """As of ``ExecStarted``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,9 +76,14 @@ def item_of(number: int, record: Record, offset: float, *, missing: str = "") ->
         offset,
         line,
         notes,
-        step=origin.step if origin is not None else 0,
+        step=origin.step if origin is not None else _step_of(event),
         verdict=event.verdict if isinstance(event, Decision | Approval) else None,
     )
+
+
+def _step_of(event: Event) -> int:
+    """The step of an event that no process has brought about."""
+    return event.step if isinstance(event, ExecStarted | ExecEnded) else 0
 
 
 def _told(event: Event) -> tuple[ItemKind, str, _Details]:

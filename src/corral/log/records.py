@@ -291,7 +291,7 @@ def _summary(values: dict[str, Any]) -> Summary:
         sequence=metadata["sequence"],
         at=own["at"],
         class_uid=values["class_uid"],
-        step=origin.get("step", 0),
+        step=origin.get("step", fields.get("step", 0) if word in ("exec.started", "exec.ended") else 0),
         exec=origin.get("exec", fields.get("exec", 0)),
         action=f"kernel.{subject['name']}" if action == Kind.KERNEL.value else action,
         verdict=fields.get("verdict", ""),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from corral.actions import Action, Decision, KernelCall, Opinion, Verdict
+from corral.actions import Action, Decision, KernelCall, Opinion, Origin, Verdict
 from corral.monitor.parts import Answer, Approvals, Autonomy, Held, Neutral, NobodyToAsk, Part
 from corral.monitor.records import Aggregator, Ledger, Sink, unwritable
 
@@ -191,8 +191,13 @@ class Monitor:
 
 def _is_answered(earlier: Decision, action: Action, opinion: Opinion) -> bool:
     """Whether all that ask here did so where a person has answered already (I6)."""
-    same = earlier.action.origin == action.origin and set(_asked(opinion)) <= set(_asked(earlier))
+    same = _who(earlier.action.origin) == _who(action.origin) and set(_asked(opinion)) <= set(_asked(earlier))
     return same and earlier.allowed and earlier.decider == "approvals"
+
+
+def _who(origin: Origin) -> Origin:
+    """Who it is, in whichever step: a connection may live through several."""
+    return replace(origin, step=0, tool="", unexplained=False)
 
 
 def _asked(question: Opinion | Decision) -> tuple[str, ...]:

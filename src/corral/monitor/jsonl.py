@@ -23,7 +23,7 @@ from corral.diskspace import spare_bytes
 from corral.errors import CorralError, RequestError
 from corral.monitor.plain import WHOLE, from_plain, refuse, subject_type, to_plain, unique
 
-VERSION = 3
+VERSION = 4
 FLOW = "flow"
 """The ``kind`` of lines that are no decisions, but accounts of connections that are over."""
 MAX_LINE = 2 * 1024 * 1024

@@ -21,7 +21,6 @@ from corral.actions import (
     Kind,
     ModelCall,
     Operation,
-    Origin,
     Program,
     Query,
     Request,
@@ -38,11 +37,13 @@ _SUBJECTS: dict[Kind, type[Any]] = {
     Kind.API_CALL: Operation,
     Kind.KERNEL: KernelCall,
 }
-_ADDED: dict[type[Any], dict[str, Any]] = {
-    Request: {"meaning": "method"},
-    Origin: {"tool": "", "unexplained": False},
+_ADDED: dict[str, dict[str, Any]] = {
+    "Request": {"meaning": "method"},
+    "Origin": {"tool": "", "unexplained": False},
+    "ExecStarted": {"step": 0},
+    "ExecEnded": {"step": 0},
 }
-"""Fields that records of earlier versions do not have, with what they mean there."""
+"""Fields that records of earlier versions do not have, with what they mean there, by the name of their class."""
 _FAMILIES: dict[str, type[Any]] = {"file": File, "net": Endpoint, "sandbox": Verb}
 MAX_ENTRIES = 256
 """Entries of one list that is read."""
@@ -125,7 +126,7 @@ def from_plain(wanted: Any, given: Any, **known: object) -> Any:
         return tuple(from_plain(get_args(wanted)[0], each) for each in given)
     if isinstance(wanted, type) and is_dataclass(wanted):
         if isinstance(given, dict):
-            given = {**_ADDED.get(wanted, {}), **given}
+            given = {**_ADDED.get(wanted.__name__, {}), **given}
         if not isinstance(given, dict) or given.keys() != _hints(wanted).keys() - known.keys():
             raise ValueError(f"its {wanted.__name__.lower()} has other fields than it must")
         return wanted(**{name: from_plain(_hints(wanted)[name], each) for name, each in given.items()}, **known)

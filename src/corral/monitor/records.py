@@ -171,8 +171,10 @@ class Aggregator:
 
     @staticmethod
     def _key(action: Action) -> Hashable:
-        process = action.origin.process
-        return (action.kind, action.subject, process and (process.pid, process.started))
+        origin = action.origin
+        process = origin.process
+        who = process and (process.pid, process.started)
+        return (action.kind, action.subject, who, origin.step, origin.tool, origin.unexplained)
 
     def write(self, decision: Decision) -> None:
         if decision.verdict is not Verdict.DENY or decision.held:

@@ -63,11 +63,11 @@ class Contents:
         """Has ``end`` called, with the reason, where something cannot be kept."""
         self._end = end
 
-    def tape(self, number: int, title: str, size: tuple[int, int] | None) -> Tape | None:
-        """Records what exec ``number`` writes, until it is closed; None where that is not wanted."""
+    def tape(self, number: int, step: int, title: str, size: tuple[int, int] | None) -> Tape | None:
+        """Records what exec ``number`` (of that step) writes, until it is closed; None where that is not wanted."""
         if Content.TERMINAL not in self._keep:
             return None
-        origin = Origin(self._origin.sandbox, self._origin.session, number, number)
+        origin = Origin(self._origin.sandbox, self._origin.session, step, number)
 
         def done(data: bytes, is_whole: bool) -> None:
             with self._lock:

@@ -93,6 +93,7 @@ class Exit:
 class _Running:
     on_exit: Callable[[Exit], None]
     on_stop: Callable[[int], None] | None
+    step: int
     failure: ExecError | None = None
     restored: str = ""
 
@@ -104,9 +105,10 @@ class Chronicle(Protocol):
     Each raises where it cannot be recorded; the sandbox then ends (I3).
     """
 
-    def exec_started(self, number: int, argv: Sequence[str], directory: str, user: int) -> None: ...
+    def exec_started(self, number: int, step: int, argv: Sequence[str], directory: str, user: int) -> None:
+        """``step`` is the one that it begins."""
 
-    def exec_ended(self, number: int, result: Exit) -> None: ...
+    def exec_ended(self, number: int, step: int, result: Exit) -> None: ...
 
     def snapshot_taken(self, layer: KeptLayer) -> None: ...
 
@@ -115,7 +117,7 @@ class Chronicle(Protocol):
 
     def ended(self, reason: str) -> None: ...
 
-    def tape(self, number: int, argv: Sequence[str], size: tuple[int, int] | None) -> Tape | None:
+    def tape(self, number: int, step: int, argv: Sequence[str], size: tuple[int, int] | None) -> Tape | None:
         """What takes the output of a command, where it is to be kept; whoever reads it writes it there too."""
 
     @property
@@ -260,10 +262,11 @@ class Core:
         number = self._next
         self._next = self._next % 0x7FFFFFFF + 1
         where = directory or self.prepared.directory
-        if not self._tell(lambda chronicle: chronicle.exec_started(number, argv, where, uid)):
+        step = self.supervision.steps.begin(number)
+        if not self._tell(lambda chronicle: chronicle.exec_started(number, step, argv, where, uid)):
             raise SandboxClosed(self._killed_because)
         memfd = channel.sealed_memfd("corral-exec", payload)
-        self._execs[number] = _Running(on_exit, on_stop)
+        self._execs[number] = _Running(on_exit, on_stop, step)
         self.notices.expect(number)
         try:
             channel.send_request(self._control, channel.Request.EXEC, number, fds=(memfd, *stdio))
@@ -289,7 +292,8 @@ class Core:
 
     def tape(self, number: int, argv: Sequence[str], size: tuple[int, int] | None = None) -> Tape | None:
         """What is to be given all output of an exec, where it is kept. ``size``: of its terminal, rows and columns."""
-        return None if self._chronicle is None else self._chronicle.tape(number, argv, size)
+        step = self.supervision.steps.of_exec(number)
+        return None if self._chronicle is None else self._chronicle.tape(number, step, argv, size)
 
     @property
     def is_behind(self) -> bool:
@@ -545,15 +549,15 @@ class Core:
                 self._exec_ended(report.id, running, Exit(report.status, report.usage, failure, denials, dropped))
 
     def _exec_ended(self, number: int, running: _Running, result: Exit) -> None:
-        self._tell(lambda chronicle: chronicle.exec_ended(number, result))
+        self._tell(lambda chronicle: chronicle.exec_ended(number, running.step, result))
         # Not while its files go back: whoever hears of the end may end the sandbox.
-        self.when_moving(lambda: self._exec_told(number, running, result))
+        self.when_moving(lambda: self._exec_told(running, result))
 
-    def _exec_told(self, number: int, running: _Running, result: Exit) -> None:
+    def _exec_told(self, running: _Running, result: Exit) -> None:
         if running.restored:
             result = replace(result, restored=running.restored)
         if self._keeps_steps and running.failure is None:
-            self._keep_step(number, lambda _: running.on_exit(result))
+            self._keep_step(running.step, lambda _: running.on_exit(result))
         else:
             running.on_exit(result)
 

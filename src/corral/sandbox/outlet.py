@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from corral.gateway.egress import Egress
     from corral.monitor.core import Monitor
     from corral.monitor.records import Account, Glance
+    from corral.monitor.steps import Steps
     from corral.sandbox.prepare import Prepared
 
 NO_KEY = "kept-by-corral"
@@ -113,6 +114,7 @@ def open_egress(
     settle: Callable[[Callable[[], None]], None],
     accounts: Sequence[Account],
     glances: Sequence[Glance],
+    steps: Steps,
 ) -> Egress:
     """Opens the way out. ``doors`` are what READY has handed out for it: TCP of both families, then DNS of both; they
     are taken over. ``brokers`` stand behind doors of their own."""
@@ -134,6 +136,7 @@ def open_egress(
             authority=prepared.outlet.authority,
             secrets=prepared.outlet.secrets,
             doors={} if brokers is None else brokers.doors,
+            steps=steps,
         )
     )
     service.shared().attach(egress)

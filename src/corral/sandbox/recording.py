@@ -79,10 +79,10 @@ class Recorder:
         if payloads is not None:
             self.contents = Contents(self.session, payloads, policy.log, Origin(prepared.id, prepared.id))
 
-    def exec_started(self, number: int, argv: Sequence[str], directory: str, user: int) -> None:
-        self.session.record(ExecStarted(number, tuple(argv), directory, user))
+    def exec_started(self, number: int, step: int, argv: Sequence[str], directory: str, user: int) -> None:
+        self.session.record(ExecStarted(number, tuple(argv), directory, user, step))
 
-    def exec_ended(self, number: int, result: Exit) -> None:
+    def exec_ended(self, number: int, step: int, result: Exit) -> None:
         usage = result.usage
         self.session.record(
             ExecEnded(
@@ -93,6 +93,7 @@ class Recorder:
                 round(usage.system_seconds * _MICRO),
                 usage.max_rss,
                 sum(denial.count for denial in result.denials) + result.denials_dropped,
+                step,
             )
         )
 
@@ -103,8 +104,8 @@ class Recorder:
         self.session.record(FilesSet(layer.id))
         self.session.when_safe(then)
 
-    def tape(self, number: int, argv: Sequence[str], size: tuple[int, int] | None) -> Tape | None:
-        return None if self.contents is None else self.contents.tape(number, " ".join(argv)[:MAX_TITLE], size)
+    def tape(self, number: int, step: int, argv: Sequence[str], size: tuple[int, int] | None) -> Tape | None:
+        return None if self.contents is None else self.contents.tape(number, step, " ".join(argv)[:MAX_TITLE], size)
 
     @property
     def is_behind(self) -> bool:

@@ -20,6 +20,8 @@ from corral.monitor.records import (
     Tally,
     unwritable,
 )
+from corral.monitor.steps import Causes, Execs, Steps
+from corral.policy.doors import Broker, is_open
 from corral.policy.model import Processes
 from corral.policy.part import PolicyPart
 from corral.sandbox.prepare import Prepared
@@ -63,6 +65,13 @@ class Supervision:
             on_kill=end,
             ledgers=[sink for sink in sinks if isinstance(sink, Ledger)],
         )
+        self.steps: Steps = Execs()
+        """Of this session; brokers tell it of answers."""
+        self._causes: Causes | None = None
+        if is_open(policy, Broker.MODEL):
+            from corral.monitor.tracking import Tracker  # most sandboxes never need it
+
+            self.steps = self._causes = Tracker()
         self._prepared, self._keeper, self._end = prepared, keeper, end
         self._supervised: service.Supervised | None = None
         self.egress: Egress | None = None
@@ -93,6 +102,7 @@ class Supervision:
                 settle=self._settle,
                 accounts=self._accounts,
                 glances=self._glances,
+                steps=self.steps,
             )
         self._supervised = service.Supervised(
             sandbox=self._prepared.id,
@@ -109,6 +119,7 @@ class Supervision:
             watched=(*policy.filesystem.ask, *policy.filesystem.watch),
             moves=policy.filesystem.rename_directories,
             egress=self.egress,
+            causes=self._causes,
         )
         supervisor.attach(self._supervised)
 

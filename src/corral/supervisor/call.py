@@ -157,7 +157,7 @@ class Call:
         the caller held for it (descriptors) is freed by ``when_gone``, which is also called on refusal.
         """
         sandbox = self.sandbox
-        action = Action(kind, subject, self.actor.origin)
+        action = Action(kind, subject, sandbox.processes.origin_of(self.actor, subject))
         self.judged = True
 
         def decided(decision: Decision) -> None:
@@ -181,7 +181,7 @@ class Call:
         """Has a refusal recorded that no policy is asked about; the answer is the receiver's to give."""
         self.judged = True
         try:
-            origin = self.actor.origin
+            origin = self.sandbox.processes.origin_of(self.actor, None)
         except Exception:
             origin = self.sandbox.processes.nobody
         action = Action(Kind.KERNEL, KernelCall(self.name, errno, reason), origin)

@@ -13,10 +13,13 @@ import signal
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from errno import EMFILE, ENFILE
 from typing import NamedTuple
 
-from corral.actions import Ancestor, Origin, Process
+from corral.actions import Ancestor, Origin, Process, Program, Subject
+from corral.monitor.moments import Identity
+from corral.monitor.steps import Causes, Descent
 from corral.supervisor import memory
 
 SESSION_MARK = 0x434F5252414C
@@ -34,11 +37,17 @@ _PIDFD_THREAD = os.O_EXCL
 class Actor:
     """A thread that has made a notified call."""
 
-    __slots__ = ("ids", "is_thread", "origin", "pidfd", "process", "repeated", "tid")
+    __slots__ = ("descent", "epoch", "ids", "is_thread", "origin", "pidfd", "process", "repeated", "tid")
 
-    def __init__(self, tid: int, pidfd: int, is_thread: bool, process: Process, origin: Origin) -> None:
+    def __init__(
+        self, tid: int, pidfd: int, is_thread: bool, process: Process, origin: Origin, descent: Descent | None
+    ) -> None:
         """Takes ``pidfd`` over, which is of this very thread or, where not ``is_thread``, of its process."""
         self.tid, self.pidfd, self.is_thread, self.process, self.origin = tid, pidfd, is_thread, process, origin
+        self.descent = descent
+        """Where somebody asks for it."""
+        self.epoch = -1
+        """In which the origin is what all comes from that it does."""
         self.ids: tuple[int, int] | None = None
         """User and group on the host, once somebody has looked (:mod:`corral.supervisor.callers`)."""
         self.repeated: dict[int, tuple[Callable[[], bool], int]] = {}
@@ -62,8 +71,12 @@ class Actor:
 class Processes:
     """The processes of one sandbox. Used by the supervisor's thread only."""
 
-    def __init__(self, sandbox: str, session: str, keeper: int) -> None:
+    def __init__(self, sandbox: str, session: str, keeper: int, causes: Causes | None = None) -> None:
+        """``causes`` is who knows of steps, where a model is asked; else an exec's step is its number."""
         self._sandbox, self._session, self._keeper = sandbox, session, keeper
+        self._causes = causes
+        self._leaders: dict[int, Identity] = {}
+        """Who has made a session, by its id, where that is not an exec's first and somebody asks for it."""
         self._known: OrderedDict[int, Actor] = OrderedDict()
         self._execs: dict[int, int] = {}
         """From a session's id to the exec it belongs to."""
@@ -96,6 +109,28 @@ class Processes:
             raise ProcessLookupError
         return actor
 
+    def origin_of(self, actor: Actor, subject: Subject | None) -> Origin:
+        """Where an action of this thread comes from, which it tries now."""
+        causes = self._causes
+        if causes is None or actor.descent is None:
+            return actor.origin
+        epoch = causes.epoch
+        if actor.epoch == epoch and not isinstance(subject, Program):
+            return actor.origin
+        cause, is_constant = causes.cause(actor.descent, subject)
+        origin = actor.origin
+        if (origin.step, origin.tool, origin.unexplained) != cause:
+            origin = replace(origin, step=cause.step, tool=cause.tool, unexplained=cause.unexplained)
+            actor.origin = origin
+            actor.repeated.clear()  # they are of another step
+        if is_constant:
+            actor.epoch = epoch
+        return origin
+
+    def is_current(self, actor: Actor) -> bool:
+        """Whether its origin is still what it comes from."""
+        return self._causes is None or actor.epoch == self._causes.epoch
+
     def known(self, tid: int) -> Actor | None:
         """Who is remembered by this number, which may be somebody else's by now."""
         return self._known.get(tid)
@@ -122,6 +157,8 @@ class Processes:
             tid, actor = self._known.popitem(last=False)
             if actor.lives():
                 self._known[tid] = actor
+        if self._causes is not None:
+            self._causes.look_after()
 
     def close(self) -> None:
         """Lets go of everything."""
@@ -134,9 +171,14 @@ class Processes:
         session = os.getsid(tid)
         self.forget(tid)
         pid = tid if _leads(tid) else _process_of(tid)
+        self._leaders.pop(pid, None)
         if session == self._keeper:  # where only the first process is, and what it has just forked
             self._execs[pid] = number if mark == SESSION_MARK else 0
         else:
+            if self._causes is not None:
+                # What it was born in is settled before it leaves: whoever it forks and gives away has that from it.
+                self._leaders[pid] = Identity(pid, self._learn(tid, MAX_ANCESTORS).process.started)
+                self.forget(tid)
             self._execs[pid] = self._execs.get(session, 0)
         if len(self._execs) > MAX_SESSIONS:
             self._drop_ended_sessions()
@@ -148,6 +190,7 @@ class Processes:
                 with suppress(OSError):
                     alive.add(os.getsid(int(name)))
         self._execs = {session: number for session, number in self._execs.items() if session in alive}
+        self._leaders = {session: leader for session, leader in self._leaders.items() if session in alive}
 
     # ---- what /proc says ----
 
@@ -171,40 +214,56 @@ class Processes:
             pid, pidfd, is_thread = _open_thread(tid)
         try:
             status = _read_status(pid)
+            parent = self._parent(status.parent, ancestors)
             process = Process(
                 pid,
                 _inner_pid(pidfd) if pid == tid else _inner_process(pid),
                 status.started,
                 _program(pid),
                 _arguments(tid, status),
-                self._ancestors(status.parent, ancestors),
+                () if parent is None else _beyond(parent, ancestors),
             )
-            number = self._execs.get(os.getsid(tid), 0)
+            session = os.getsid(tid)
+            number = self._execs.get(session, 0)
         except BaseException:
             os.close(pidfd)
             raise
-        actor = Actor(tid, pidfd, is_thread, process, Origin(self._sandbox, self._session, number, number, process))
+        origin = Origin(self._sandbox, self._session, number, number, process)
+        descent = None if self._causes is None else self._descent(process, parent, number, session)
+        actor = Actor(tid, pidfd, is_thread, process, origin, descent)
         if not actor.lives():  # then some of this may be somebody else's, who has its number now
             raise ProcessLookupError
+        if self._causes is not None and descent is not None:
+            self._causes.born(descent)
         return actor
 
-    def _ancestors(self, pid: int, limit: int) -> tuple[Ancestor, ...]:
-        """From the parent outwards; who is known already brings those that it had when it was first seen."""
+    def _descent(self, process: Process, parent: Actor | None, number: int, session: int) -> Descent:
+        above = () if parent is None or parent.descent is None else parent.descent.processes
+        identity = Identity(process.pid, process.started)
+        return Descent((identity, *above[:MAX_ANCESTORS]), number, self._leaders.get(session))
+
+    def _parent(self, pid: int, limit: int) -> Actor | None:
+        """A parent within the sandbox, its first process left out; who is known already brings the ancestors that it
+        had when it was first seen."""
         if limit <= 0 or pid in (0, self._keeper, self._first):
-            return ()
+            return None
         parent = self._known.get(pid)
         if parent is None or not parent.lives():
             self.forget(pid)
             try:
                 parent = self._learn(pid, limit - 1)  # it will have other children, and calls of its own
             except OSError:
-                return ()
-        process = parent.process
-        if process.inner_pid <= 1:  # the first process, or one beyond it
-            if process.inner_pid == 1:
+                return None
+        if parent.process.inner_pid <= 1:  # the first process, or one beyond it
+            if parent.process.inner_pid == 1:
                 self._first = pid
-            return ()
-        return (Ancestor(process.inner_pid, process.exe), *process.ancestors)[:limit]
+            return None
+        return parent
+
+
+def _beyond(parent: Actor, limit: int) -> tuple[Ancestor, ...]:
+    """From the parent outwards."""
+    return (Ancestor(parent.process.inner_pid, parent.process.exe), *parent.process.ancestors)[:limit]
 
 
 class _Status(NamedTuple):

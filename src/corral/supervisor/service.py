@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from corral.actions import KernelCall, Kind, Socket, Verdict
 from corral.guarded import Guarded
 from corral.monitor.core import Monitor
+from corral.monitor.steps import Causes
 from corral.reactor import Loop
 from corral.supervisor import listener, moving
 from corral.supervisor.budget import Budget, raise_limit
@@ -73,6 +74,7 @@ class Supervised:
         watched: tuple[str, ...] = (),
         moves: bool = True,
         egress: Egress | None = None,
+        causes: Causes | None = None,
     ) -> None:
         """Takes the three descriptors over."""
         self.name = sandbox
@@ -90,7 +92,7 @@ class Supervised:
         self._deputy: Deputy | None = None
         self.table = table
         self.monitor = monitor
-        self.processes = Processes(sandbox, session, keeper)
+        self.processes = Processes(sandbox, session, keeper, causes)
         self.digests = Digests(time.time_ns(), self.post)
         self.open: dict[int, Call] = {}
         """Calls that wait for their answer."""
@@ -209,7 +211,7 @@ class Supervised:
         if actor is None or not actor.repeated:
             return False
         known = actor.repeated.get(notification.number)
-        if known is None or not actor.lives():
+        if known is None or not actor.lives() or not self.processes.is_current(actor):
             return False
         repeated, errno = known
         if not repeated():
