@@ -48,6 +48,7 @@ TCP, UDP, UNIX = Transport.TCP, Transport.UDP, Transport.UNIX
 ORIGIN = Origin(
     "box", "session", 2, 3, Process(100, 4, 12345, "/usr/bin/python3", ("python3", "x.py"), (Ancestor(2, "/bin/sh"),))
 )
+from tests.unit.recorded import used
 
 
 def decision(kind: Any, subject: Any, verdict: Verdict = ALLOW, **how: Any) -> Decision:
@@ -158,6 +159,8 @@ def test_the_format_is_what_the_documentation_says() -> None:
                 "argv": ["python3", "x.py"],
                 "ancestors": [{"pid": 2, "exe": "/bin/sh"}],
             },
+            "tool": "",
+            "unexplained": False,
         },
         "cut": [],
     }
@@ -195,10 +198,13 @@ def test_the_sink_writes_whole_lines_and_fails_loudly(tmp_path: Path) -> None:
         sink = JsonLines(fd)
         for each in found:
             sink.write(each)
+        sink.used(used())  # an account; no decision, and nothing to learn from
     finally:
         os.close(fd)
     assert [record.decision for record in read_records(path)] == found
     assert [record.line for record in read_records(path)] == list(range(1, 50))
+    last = json.loads(path.read_bytes().splitlines()[-1])
+    assert (last["kind"], last["of"], last["input_tokens"]) == ("used", "model.call", 100)
     with pytest.raises(OSError):
         sink.write(found[0])
 

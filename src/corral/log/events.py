@@ -1,11 +1,11 @@
-"""What a log records beside decisions and flows: approvals, changes of policy, the life of a session, and the log's."""
+"""What a log records beside decisions, flows and calls of brokers: approvals, policies, sessions' lives, the log's."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 
-from corral.actions import Content, Decision, Flow, Kind, Origin, Verdict
+from corral.actions import Content, Decision, Flow, Kind, Origin, Used, Verdict
 from corral.approvals.queue import Ending, Scope
 
 
@@ -202,6 +202,7 @@ class PayloadErased:
 Event = (
     Decision
     | Flow
+    | Used
     | SessionStarted
     | SessionEnded
     | ExecStarted
@@ -221,6 +222,7 @@ Event = (
 WORDS: dict[str, type[Event]] = {
     "decision": Decision,
     "flow": Flow,
+    "used": Used,
     "session.started": SessionStarted,
     "session.ended": SessionEnded,
     "exec.started": ExecStarted,

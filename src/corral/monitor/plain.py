@@ -20,6 +20,8 @@ from corral.actions import (
     KernelCall,
     Kind,
     ModelCall,
+    Operation,
+    Origin,
     Program,
     Query,
     Request,
@@ -33,9 +35,13 @@ _SUBJECTS: dict[Kind, type[Any]] = {
     Kind.HTTP_REQUEST: Request,
     Kind.MODEL_CALL: ModelCall,
     Kind.DATA_QUERY: Query,
+    Kind.API_CALL: Operation,
     Kind.KERNEL: KernelCall,
 }
-_ADDED: dict[type[Any], dict[str, Any]] = {Request: {"meaning": "method"}}
+_ADDED: dict[type[Any], dict[str, Any]] = {
+    Request: {"meaning": "method"},
+    Origin: {"tool": "", "unexplained": False},
+}
 """Fields that records of earlier versions do not have, with what they mean there."""
 _FAMILIES: dict[str, type[Any]] = {"file": File, "net": Endpoint, "sandbox": Verb}
 MAX_ENTRIES = 256
