@@ -42,13 +42,13 @@ from corral.policy.learn import learn
 from corral.policy.load import parse_policy
 from corral.policy.model import NetworkRule, Permit, Policy, RequestRule
 from corral.policy.part import RESOLVER_RULE, PolicyPart
+from tests.unit.recorded import used
 
 ALLOW, ASK, DENY, KILL = Verdict.ALLOW, Verdict.ASK, Verdict.DENY, Verdict.KILL
 TCP, UDP, UNIX = Transport.TCP, Transport.UDP, Transport.UNIX
 ORIGIN = Origin(
     "box", "session", 2, 3, Process(100, 4, 12345, "/usr/bin/python3", ("python3", "x.py"), (Ancestor(2, "/bin/sh"),))
 )
-from tests.unit.recorded import used
 
 
 def decision(kind: Any, subject: Any, verdict: Verdict = ALLOW, **how: Any) -> Decision:
