@@ -172,13 +172,15 @@ class PayloadKept:
     content: Content
     digest: str
     size: int
-    """Bytes that are kept."""
+    """Bytes that are kept; a prompt repeats most of the one before it, and these are those that are new."""
     is_whole: bool
     about: str
     """What it is of: a command, a destination."""
     expires: int
     """Seconds since the epoch, from when on it need not be kept."""
     encrypted: bool
+    call: int = 0
+    """The number of the call of a broker that it is of (``Used.call``)."""
 
 
 @dataclass(frozen=True, slots=True)

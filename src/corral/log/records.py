@@ -20,7 +20,7 @@ from functools import lru_cache
 from typing import Any
 
 from corral.actions import Action, Decision, Kind, Origin, ToolCall, Used, Verdict
-from corral.log.events import WORDS, Approval, Event
+from corral.log.events import WORDS, Approval, Event, PayloadKept
 from corral.log.ocsf import VERSION, Context, actor, common, fields_of, profiles_of
 from corral.log.tiles import MAX_ENTRY
 from corral.monitor.plain import Bounds, from_plain, refuse, subject_type, to_plain, unique
@@ -287,6 +287,8 @@ def _decoded(values: dict[str, Any]) -> Record:
         times["asked"] = ()
     if kind in (Decision, Approval):
         times["verdict"] = _VERDICTS[fields.pop("verdict")]
+    if kind is PayloadKept:
+        fields = {"call": 0, **fields}  # which older records lack
     event = from_plain(kind, fields, **times)
     actor, policy = values["actor"], values["policy"]
     context = Context(
