@@ -335,8 +335,11 @@ def replay_command(
     log: _Log = None,
     speed: Annotated[float, typer.Option("--speed", help="Times as fast as it happened.")] = 1.0,
     step: Annotated[bool, typer.Option("--step", help="Begin paused; n shows the next.")] = False,
-    place: Annotated[str, typer.Option("--from", metavar="PLACE", help="Such as 90s, 1:05, #12, step 3.")] = "",
+    place: Annotated[str, typer.Option("--from", metavar="PLACE", help="Such as 90s, #12, step 3, unexplained.")] = "",
     details: Annotated[bool, typer.Option("--details", help="All that a record says.")] = False,
+    tree: Annotated[
+        bool, typer.Option("--tree", help="Print its conversations with models, and what was done for each tool call.")
+    ] = False,
     html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="Write one page that plays it.")] = None,
     policy: Annotated[
         str | None, typer.Option("--policy", metavar="FILE", help="Say what this policy would have decided instead.")
@@ -360,5 +363,6 @@ def replay_command(
             html=html,
             policy=policy,
             as_json=as_json,
+            tree=tree,
         )
     )
