@@ -555,3 +555,6 @@ class Used:
     """Why the model stopped, in its API's word."""
     estimated: bool = False
     """The upstream has not said what was used; the tokens are our estimate."""
+    call: int = 0
+    """Its number in its session, from 1: what is kept of it beside the log (:class:`corral.monitor.records.Keeper`)
+    bears it too, which ties them together. 0 where it has none."""

@@ -18,9 +18,12 @@ from corral.actions import (
     Origin,
     Process,
     Program,
+    ToolCall,
     Transport,
+    Used,
     Verdict,
 )
+from corral.actions import Ending as CallEnding
 from corral.approvals.queue import Ending, Scope
 from corral.log.events import Approval, Event, ExecEnded, ExecStarted, SessionEnded, SessionStarted
 from corral.log.ocsf import Context
@@ -56,6 +59,16 @@ def decision(
 
 def flow(host: str = "example.test", up: int = 10) -> Flow:
     return Flow(ORIGIN, Endpoint(Transport.TCP, "192.0.2.1", 443, host), "network.allow[0]", START, 1.5, up, 20)
+
+
+def used(name: str = "model-1", source: str = "upstream-1", **fields: object) -> Used:
+    """A call of a model."""
+    made = Used(
+        ORIGIN, Kind.MODEL_CALL, source, name, "model.allow[0]", START, 1.5, CallEnding.ANSWERED, 0.25, 200, "", 100,
+        20, 7, 3, 1_500_000, "EUR", 0, 1000, 2000, (), 4, "c0ffee", "", (ToolCall("call_1", "shell", "{}"),),
+        "tool_calls",
+    )  # fmt: skip
+    return replace(made, **fields)  # type: ignore[arg-type]
 
 
 def approval(said: str = "anna", ending: Ending = Ending.ANSWERED, **fields: object) -> Approval:

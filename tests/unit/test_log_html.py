@@ -114,7 +114,8 @@ def test_data_are_what_the_items_say() -> None:
     data = data_of(Page(render(items)))
     kinds, verdicts = data["kinds"], data["verdicts"]
     first, second = data["items"]
-    assert first == [7, kinds.index("flow"), 10.0, 1.25, 3, -1, "a <b> & c", [["lines", "one\ntwo\\x1b[31m"]]]
+    told = ["a <b> & c", [["lines", "one\ntwo\\x1b[31m"]], "", 0, "", 0]
+    assert first == [7, kinds.index("flow"), 10.0, 1.25, 3, -1, *told]
     assert second[5] == verdicts.index("kill")
 
 

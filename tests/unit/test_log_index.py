@@ -11,13 +11,28 @@ from contextlib import closing
 from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corral.actions import Access, Action, Decision, Endpoint, File, Kind, Origin, Process, Program, Transport, Verdict
+from corral.actions import (
+    Access,
+    Action,
+    Decision,
+    Ending,
+    Endpoint,
+    File,
+    Kind,
+    Origin,
+    Process,
+    Program,
+    Transport,
+    Used,
+    Verdict,
+)
 from corral.errors import RequestError
 from corral.log import index as index_module
 from corral.log import parquet
@@ -57,9 +72,19 @@ def entry(number: int, text: str = "") -> bytes:
     return encode(event, context, sequence=number + 1, at=event.at, monotonic_ns=number)
 
 
+def call(number: int, text: str = "", kind: Kind = Kind.MODEL_CALL) -> bytes:
+    origin = Origin("box-1", "session-1", 5, 1, None, f"call_1{text}", number % 2 == 0)
+    used = Used(
+        origin, kind, f"up{text}", f"model-1{text}", "model.allow[0]", 1000.0 + number, 0.5, Ending.ANSWERED, 0.1, 200,
+        text, 100, 20, 7, 3, 1_500_000, f"EUR{text}", 0, 10, 20, (), 6, f"c0ffee{text}", text, (), f"tool_use{text}",
+    )  # fmt: skip
+    return encode(used, CONTEXT, sequence=number + 1, at=1000.0 + number, monotonic_ns=number)
+
+
 ENTRIES = [
     *(entry(number) for number in range(60)),
     *(entry(60 + at, text) for at, text in enumerate(HOSTILE)),
+    *(call(80 + at, text) for at, text in enumerate(("", *HOSTILE))),
     encode(PayloadErased("ab", "anna (uid 7)", "x"), CONTEXT, sequence=98, at=1999.0, monotonic_ns=1),
     encode(SessionEnded("closed"), CONTEXT, sequence=99, at=2000.0, monotonic_ns=1),
 ]
@@ -86,12 +111,8 @@ def test_it_says_what_the_log_says(made: LogIndex) -> None:
     found = list(made.rows())
     assert [number for number, _ in found] == list(range(len(ENTRIES)))
     for (_, own), whole in zip(found, expected, strict=True):
-        assert own == replace(
-            whole,
-            exe=whole.exe.replace("\0", "\ufffd"),
-            path=whole.path.replace("\0", "\ufffd"),
-            rule=whole.rule.replace("\0", "\ufffd"),
-        )
+        texts: dict[str, Any] = {name: value for name, value in asdict(whole).items() if isinstance(value, str)}
+        assert own == replace(whole, **{name: text.replace("\0", "\ufffd") for name, text in texts.items()})
 
 
 def test_thrown_away_and_made_again_it_is_the_same(made: LogIndex, reader: Reader, tmp_path: Path) -> None:
@@ -200,6 +221,10 @@ KNOWN = (
     "/work/f?",
     "h1.test:443",
     "*rule",
+    "call_1",
+    "c0ffee",
+    "model-?",
+    "up",
 )
 VALUES = st.sampled_from(["", *KNOWN, *HOSTILE, *(f"*{text}*" for text in HOSTILE)]).filter(
     lambda text: "\0" not in text
@@ -301,6 +326,46 @@ def test_syslog() -> None:
     assert r'rule="net.connect.rulea\"b\]c\\"' in line
 
 
+def attributes(line: str) -> dict[str, object]:
+    (resource,) = json.loads(line)["resourceLogs"]
+    found = resource["scopeLogs"][0]["logRecords"][0]["attributes"]
+    assert len(found) == len({each["key"] for each in found})
+    return {each["key"]: next(iter(each["value"].values())) for each in found}
+
+
+def test_calls_of_models_have_the_names_of_opentelemetry() -> None:
+    found = attributes(next(FORMS["otlp"]([(7, call(81))])))
+    expected = {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "up",
+        "gen_ai.request.model": "model-1",
+        "gen_ai.response.finish_reasons": {"values": [{"stringValue": "tool_use"}]},
+        "gen_ai.usage.input_tokens": "100",
+        "gen_ai.usage.output_tokens": "20",
+        "gen_ai.usage.cache_read.input_tokens": "7",
+        "gen_ai.usage.cache_creation.input_tokens": "3",
+        "gen_ai.conversation.id": "c0ffee",
+        "gen_ai.tool.call.id": "call_1",
+        "corral.cost": "1500000",
+        "corral.opened": "6",
+    }
+    assert expected.items() <= found.items()
+    assert "corral.unexplained" not in found
+    assert attributes(next(FORMS["otlp"]([(8, call(82))])))["corral.unexplained"] == "1"
+    other = attributes(next(FORMS["otlp"]([(7, call(81, kind=Kind.DATA_QUERY))])))
+    assert (other["gen_ai.data_source.id"], other["corral.operation"]) == ("up", "model-1")
+    assert "gen_ai.request.model" not in other
+
+
+def test_calls_of_models_in_the_forms_of_security_tools() -> None:
+    (line,) = FORMS["cef"]([(7, call(82))])
+    assert "cs5Label=tool cs5=call_1 cs6Label=conversation cs6=c0ffee request=up model-1" in line
+    assert "cn1Label=inputTokens cn1=100 cn2Label=outputTokens cn2=20 cn3Label=unexplained cn3=1" in line
+    (line,) = FORMS["syslog"]([(7, call(82))])
+    assert 'tool="call_1" unexplained="yes" source="up" model="model-1" conversation="c0ffee" opened="6"' in line
+    assert 'inputTokens="100" outputTokens="20" cost="1500000e-9 EUR"' in line
+
+
 # ---- Parquet ----
 
 
@@ -316,7 +381,7 @@ def exported(entries: Iterable[tuple[int, bytes]]) -> pyarrow.parquet.ParquetFil
 
 def test_parquet_says_what_the_log_says(reader: Reader) -> None:
     found = exported(reader.entries())
-    assert found.schema_arrow.metadata[b"corral.schema"] == b"1"
+    assert found.schema_arrow.metadata[b"corral.schema"] == b"2"
     rows = found.read().to_pylist()
     assert [row.pop("record").encode() for row in rows] == ENTRIES
     for number, (row, entry) in enumerate(zip(rows, ENTRIES, strict=True)):
@@ -327,9 +392,10 @@ def test_parquet_says_what_the_log_says(reader: Reader) -> None:
 
 def test_the_columns_of_parquet_are_stable() -> None:
     """Others read them by name and type: whoever changes one raises SCHEMA_VERSION."""
-    assert SCHEMA_VERSION == 1
+    assert SCHEMA_VERSION == 2
     texts = "event session sandbox agent agent_version policy_hash action verdict rule decider exe destination path by"
-    numbers = "sequence class_uid step exec count pid"
+    texts += " tool source model conversation currency"
+    numbers = "sequence class_uid step exec count pid unexplained opened input_tokens output_tokens cost"
     assert [(each.name, str(each.type), each.nullable) for each in schema()] == [
         ("number", "int64", False),
         ("time", "timestamp[us, tz=UTC]", False),

@@ -37,10 +37,13 @@ from corral.actions import (
     Request,
     Socket,
     Subject,
+    ToolCall,
     Transport,
+    Used,
     Verb,
     Verdict,
 )
+from corral.actions import Ending as CallEnding
 from corral.approvals.queue import Ending, Scope
 from corral.log.approval import action_hash
 from corral.log.events import (
@@ -97,7 +100,7 @@ PROCESSES = st.builds(
     st.lists(HOSTILE, max_size=4).map(tuple),
     st.lists(st.builds(Ancestor, NUMBERS, HOSTILE), max_size=4).map(tuple),
 )
-ORIGINS = st.builds(Origin, HOSTILE, HOSTILE, NUMBERS, NUMBERS, st.none() | PROCESSES)
+ORIGINS = st.builds(Origin, HOSTILE, HOSTILE, NUMBERS, NUMBERS, st.none() | PROCESSES, HOSTILE, st.booleans())
 MOMENTS = st.integers(0, 2**52).map(lambda number: number / 1_000_000)
 
 
@@ -125,6 +128,30 @@ DECISIONS = st.builds(
 )
 FLOWS = st.builds(
     Flow, ORIGINS, ENDPOINTS, HOSTILE, MOMENTS, MOMENTS, NUMBERS, NUMBERS, NUMBERS, NUMBERS, HOSTILE, HOSTILE, HOSTILE
+)
+CALLS = st.builds(
+    Used,
+    ORIGINS,
+    st.sampled_from([Kind.MODEL_CALL, Kind.DATA_QUERY, Kind.API_CALL]),
+    HOSTILE,
+    HOSTILE,
+    HOSTILE,
+    MOMENTS,
+    MOMENTS,
+    st.sampled_from(CallEnding),
+    MOMENTS,
+    st.integers(0, 599),
+    HOSTILE,
+    *[NUMBERS] * 5,
+    HOSTILE,
+    *[NUMBERS] * 3,
+    st.lists(HOSTILE, max_size=3).map(tuple),
+    NUMBERS,
+    HOSTILE,
+    HOSTILE,
+    st.lists(st.builds(ToolCall, HOSTILE, HOSTILE, HOSTILE), max_size=3).map(tuple),
+    HOSTILE,
+    st.booleans(),
 )
 LIFE = (
     st.builds(SessionStarted, HOSTILE, HOSTILE, HOSTILE)
@@ -160,7 +187,7 @@ PERSONS = st.builds(
     MOMENTS,
     MOMENTS,
 ) | st.builds(PolicyChanged, HOSTILE, HOSTILE, HOSTILE, st.lists(HOSTILE, max_size=4).map(tuple))
-EVENTS = DECISIONS | FLOWS | LIFE | PERSONS
+EVENTS = DECISIONS | FLOWS | CALLS | LIFE | PERSONS
 
 
 def encoded(event: Event, context: Context = CONTEXT) -> bytes:
@@ -177,14 +204,25 @@ def is_text(event: Event) -> bool:
 
 
 @pytest.fixture(scope="session")
-def validators() -> dict[int, Any]:
-    """A validator for each class, by its number."""
+def validators() -> dict[tuple[int, str], Any]:
+    """A validator for each class, by its number and the profiles that are used."""
     schema = OcsfJsonSchemaEmbedded(get_ocsf_schema(version=VERSION))
     found = {}
     for uid in (1001, 1003, 1007, 3004, 4001, 4002, 4003, 6002, 6003):
-        name = schema.lookup_class_name_from_uid(class_uid=uid)
-        found[uid] = jsonschema.Draft202012Validator(schema.get_class_schema(class_name=name, profiles=PROFILES))
+        for profiles in (PROFILES, [*PROFILES, "ai_operation"]):
+            name = schema.lookup_class_name_from_uid(class_uid=uid)
+            made = schema.get_class_schema(class_name=name, profiles=profiles)
+            found[uid, ",".join(profiles)] = jsonschema.Draft202012Validator(made)
     return found
+
+
+def used(kind: Kind = Kind.MODEL_CALL, **fields: Any) -> Used:
+    made = Used(
+        Origin("box-1", "session-1", 3, 2, tool="call_0"), kind, "upstream-1", "model-1", "model.allow[0]", 1.5, 2.5,
+        CallEnding.ANSWERED, 0.25, 200, "", 100, 20, 7, 3, 1_500_000, "EUR", 4, 1000, 2000, ("hr.people.name",), 4,
+        "c0ffee", "cafe", (ToolCall("call_1", "shell", '{"command":["ls"]}'),), "tool_calls", True,
+    )  # fmt: skip
+    return replace(made, **fields)
 
 
 def kinds_of_events() -> Iterator[Event]:
@@ -213,6 +251,10 @@ def kinds_of_events() -> Iterator[Event]:
         )
     yield Flow(origin, endpoint, "rule", 1.5, 2.5, 1, 2, 3, 4, "example.test", "ja4", "cd" * 32, True, "eof")
     yield Flow(origin, replace(endpoint, name=None, address=""), "rule", 1.5, 2.5)
+    for used_kind in (Kind.MODEL_CALL, Kind.DATA_QUERY, Kind.API_CALL):
+        yield Used(origin, used_kind, "", "", "", 1.5, 2.5, CallEnding.ABANDONED)
+        for call_ending in CallEnding:
+            yield used(used_kind, ending=call_ending, reason="" if call_ending is CallEnding.ANSWERED else "too slow")
     yield SessionStarted("/work", "label", "{}")
     yield SessionEnded("closed")
     yield ExecStarted(1, ("ls", "-l"), "/work", 1000)
@@ -239,9 +281,9 @@ def kinds_of_events() -> Iterator[Event]:
 
 
 @pytest.mark.parametrize("event", list(kinds_of_events()), ids=lambda event: type(event).__name__)
-def test_every_kind_of_record_is_valid_ocsf(event: Event, validators: dict[int, Any]) -> None:
+def test_every_kind_of_record_is_valid_ocsf(event: Event, validators: dict[tuple[int, str], Any]) -> None:
     record = json.loads(encoded(event))
-    validators[record["class_uid"]].validate(record)
+    validators[record["class_uid"], ",".join(record["metadata"]["profiles"])].validate(record)
     assert record["type_uid"] // 100 == record["class_uid"]
     assert record["class_uid"] // 1000 == record["category_uid"]
 
@@ -314,6 +356,41 @@ def test_ten_mebibytes_of_arguments_are_cut_and_said_to_be() -> None:
     record = decode(entry)
     assert {"subject", "origin", "rule", "reason", "advice"} <= record.cut
     assert json.loads(entry)["metadata"]["is_truncated"] is True
+
+
+def test_tool_calls_of_any_length_are_cut_and_each_is_still_named() -> None:
+    """The whole is in the answer, which may be kept beside the log."""
+    calls = tuple(ToolCall(f"call_{at}", "write", "ä\n" * 1_000_000) for at in range(8))
+    entry = encoded(used(tools=calls, reason="r" * 10_000, input_tokens=2**70))
+    record = decode(entry)
+    assert isinstance(record.event, Used)
+    assert [each.id for each in record.event.tools] == [each.id for each in calls]
+    assert all(each.arguments and calls[0].arguments.startswith(each.arguments) for each in record.event.tools)
+    assert record.cut == {"tools", "reason"}
+    assert rfc8785.dumps(json.loads(entry)) == entry
+    many = tuple(ToolCall("i" * 4096, "n" * 256, "\x1b" * 10_000) for _ in range(256))
+    entry = encoded(used(tools=many, personal=("\u202e" * 5000,) * 300, conversation="c" * 10_000))
+    assert len(entry) <= MAX_ENTRY
+    assert "tools" in decode(entry).cut
+
+
+def test_a_summary_says_what_brokers_were_used_for() -> None:
+    found = summary(encoded(used()))
+    assert (found.event, found.action, found.class_uid) == ("used", "model.call", 6003)
+    assert (found.source, found.model, found.conversation) == ("upstream-1", "model-1", "c0ffee")
+    assert (found.input_tokens, found.output_tokens, found.cost, found.currency) == (100, 20, 1_500_000, "EUR")
+    assert (found.step, found.opened, found.tool, found.unexplained) == (3, 4, "call_0", 0)
+    operation = Action(Kind.API_CALL, Operation("tickets", "list", "GET"), Origin("b", "s", unexplained=True))
+    asked = summary(encoded(Decision(operation, Verdict.ALLOW, "", "", "", "policy", 1, 1.0)))
+    assert (asked.source, asked.model, asked.unexplained) == ("tickets", "list", 1)
+
+
+def test_a_record_without_the_fields_that_origins_have_got_since_is_read() -> None:
+    event = next(kinds_of_events())
+    entry = encoded(event)
+    older = entry.replace(b',"tool":""', b"").replace(b',"unexplained":false', b"")
+    assert len(older) < len(entry)
+    assert decode(older).event == event
 
 
 def test_what_an_agent_says_at_length_is_not_kept() -> None:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 import corral.log.review as review_module
 from corral.actions import Action, Endpoint, Kind, Transport, Verdict
+from corral.actions import Ending as CallEnding
 from corral.approvals.queue import Ending, Scope
 from corral.errors import RequestError
-from corral.log.digest import Denial, Digest, Miss
+from corral.log.digest import Denial, Digest, Miss, Spend
 from corral.log.events import Event, LogRecovered, PolicyChanged
 from corral.log.frequent import Frequent
 from corral.log.outliers import FEWEST, THRESHOLD, scores
@@ -34,6 +35,7 @@ from tests.unit.recorded import (
     run,
     session,
     syscall,
+    used,
     written,
 )
 from tests.unit.test_log_html import HOSTILE, Page
@@ -106,6 +108,31 @@ def test_binaries_are_new_by_path_and_content() -> None:
     )
     found = [each.what for each in digest.agents[0].new_binaries]
     assert found == [f"/bin/b (sha256 {'cc' * 8})", "/bin/c (content not read)"]
+
+
+def test_models_and_sources_that_were_used_for_the_first_time_and_what_was_spent() -> None:
+    refused = used("model-3", ending=CallEnding.REFUSED, input_tokens=0, output_tokens=0, cost=0)
+    rows = used("select", "hr", kind=Kind.DATA_QUERY, input_tokens=0, output_tokens=0, cost=0)
+    digest = reviewed(
+        before(used(cost=10**12)),
+        during(used(), used("model-2"), refused, rows, replace(rows, name="insert"), used(cost=3, currency="USD")),
+    )
+    (agent,) = digest.agents
+    assert [(each.what, each.count) for each in agent.new_sources] == [
+        ("model.call model-2 of upstream-1", 1),
+        ("data.query hr", 2),
+    ]
+    assert agent.spend == Spend(6, 300, 60, (("EUR", 3_000_000), ("USD", 3)))
+    text = "\n".join(report_text(digest))
+    assert "model.call model-2 of upstream-1" in text and "0.003 EUR, 0.000000003 USD" in text
+
+
+def test_actions_that_no_answer_explains_are_counted() -> None:
+    action = replace(run(), origin=replace(ORIGIN, unexplained=True))
+    digest = reviewed(
+        before(decision(action)), during(decision(action, DENY, count=3), decision(action), decision(run()))
+    )
+    assert digest.agents[0].unexplained == 4
 
 
 def test_agents_are_told_apart() -> None:

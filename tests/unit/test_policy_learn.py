@@ -43,6 +43,7 @@ from corral.policy.learn import learn
 from corral.policy.load import parse_policy
 from corral.policy.model import NetworkRule, Permit, Policy, RequestRule
 from corral.policy.part import RESOLVER_RULE, PolicyPart
+from tests.unit.recorded import used
 
 ALLOW, ASK, DENY, KILL = Verdict.ALLOW, Verdict.ASK, Verdict.DENY, Verdict.KILL
 TCP, UDP, UNIX = Transport.TCP, Transport.UDP, Transport.UNIX
@@ -209,10 +210,13 @@ def test_the_sink_writes_whole_lines_and_fails_loudly(tmp_path: Path) -> None:
         sink = JsonLines(fd)
         for each in found:
             sink.write(each)
+        sink.used(used())  # an account; no decision, and nothing to learn from
     finally:
         os.close(fd)
     assert [record.decision for record in read_records(path)] == found
     assert [record.line for record in read_records(path)] == list(range(1, 50))
+    last = json.loads(path.read_bytes().splitlines()[-1])
+    assert (last["kind"], last["of"], last["input_tokens"]) == ("used", "model.call", 100)
     with pytest.raises(OSError):
         sink.write(found[0])
 

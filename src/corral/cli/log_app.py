@@ -256,22 +256,39 @@ _Index = Annotated[
 _Rebuild = Annotated[bool, typer.Option("--rebuild", help="Make the index anew, from the log alone.")]
 
 
+_Tool = Annotated[
+    str | None, typer.Option("--tool", metavar="ID", help="Only what comes from this tool call of a model's.")
+]
+_Unexplained = Annotated[
+    bool, typer.Option("--unexplained", help="Only what no answer of a model explains, in sessions that have one.")
+]
+
+
+def _with(words: list[str] | None, tool: str | None, unexplained: bool) -> list[str]:
+    """The words of a filter, with those that options stand for."""
+    more = [f"tool={tool}"] if tool is not None else []
+    return [*(words or ()), *more, *(["unexplained=1"] if unexplained else [])]
+
+
 @log_commands.command("query")
 @guarded
 def _query(
     words: _Words = None,
     log: _Log = None,
     details: Annotated[bool, typer.Option("--details", help="All that a record says.")] = False,
+    tool: _Tool = None,
+    unexplained: _Unexplained = False,
     index: _Index = None,
     rebuild: _Rebuild = False,
 ) -> None:
-    """Look for records: by session, agent, verdict, action, rule, exe, path, destination, person (by), step, time, ...
+    """Look for records: by session, agent, verdict, action, rule, exe, path, destination, person (by), step, tool call
+    (tool), source, model, conversation, time, ...
 
     Words of one name are alternatives, different names must all hold; `*` and `?` are wildcards. Keeps an index beside
     the log, made from the log."""
     from corral.cli.look_back import query
 
-    query(log, words or (), index=index, rebuild=rebuild, details=details)
+    query(log, _with(words, tool, unexplained), index=index, rebuild=rebuild, details=details)
 
 
 @log_commands.command("export")
@@ -283,6 +300,8 @@ def _export(
     ] = "jsonl",
     output: Annotated[str | None, typer.Option("--output", "-o", metavar="FILE", help="Where to [stdout].")] = None,
     log: _Log = None,
+    tool: _Tool = None,
+    unexplained: _Unexplained = False,
     index: _Index = None,
     rebuild: _Rebuild = False,
 ) -> None:
@@ -291,7 +310,7 @@ def _export(
     Parquet needs pyarrow: pip install 'corral[parquet]'."""
     from corral.cli.look_back import export
 
-    export(log, words or (), index=index, rebuild=rebuild, form=form, output=output)
+    export(log, _with(words, tool, unexplained), index=index, rebuild=rebuild, form=form, output=output)
 
 
 @log_commands.command("review")
@@ -316,8 +335,11 @@ def replay_command(
     log: _Log = None,
     speed: Annotated[float, typer.Option("--speed", help="Times as fast as it happened.")] = 1.0,
     step: Annotated[bool, typer.Option("--step", help="Begin paused; n shows the next.")] = False,
-    place: Annotated[str, typer.Option("--from", metavar="PLACE", help="Such as 90s, 1:05, #12, step 3.")] = "",
+    place: Annotated[str, typer.Option("--from", metavar="PLACE", help="Such as 90s, #12, step 3, unexplained.")] = "",
     details: Annotated[bool, typer.Option("--details", help="All that a record says.")] = False,
+    tree: Annotated[
+        bool, typer.Option("--tree", help="Print its conversations with models, and what was done for each tool call.")
+    ] = False,
     html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="Write one page that plays it.")] = None,
     policy: Annotated[
         str | None, typer.Option("--policy", metavar="FILE", help="Say what this policy would have decided instead.")
@@ -341,5 +363,6 @@ def replay_command(
             html=html,
             policy=policy,
             as_json=as_json,
+            tree=tree,
         )
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import IO, TextIO
+from typing import IO, TYPE_CHECKING, TextIO
 
 from corral.cli.foreground import complain, printable
 from corral.cli.log import directory_of
@@ -19,6 +19,9 @@ from corral.log.places import index_path, open_payloads
 from corral.log.query import parse_filter, parse_time
 from corral.log.reader import Reader
 from corral.log.records import Record, Summary, decode, summary
+
+if TYPE_CHECKING:
+    from corral.log.conversations import Tree
 
 _POLL = 0.5
 _PARQUET = "parquet"
@@ -104,17 +107,25 @@ def replay(
     html: str | None,
     policy: str | None,
     as_json: bool,
+    tree: bool = False,
 ) -> int:
-    """Plays a session, writes it as a page, or says what another policy would have decided. Returns the exit code."""
+    """Plays a session, prints its conversations, writes it as a page, or says what another policy would have decided.
+    Returns the exit code."""
+    from corral.log.calls import WithCalls
+    from corral.log.conversations import read_tree, tree_lines
     from corral.log.terminal import WithTerminal
-    from corral.log.timeline import Timeline
+    from corral.log.timeline import Timeline, session_records
 
     reader = Reader(directory_of(log))
     name = _session(reader, session)
     if policy is not None:
         return _what_if(reader, name, policy, as_json=as_json)
-    line = Timeline(reader, name)
-    items = WithTerminal(line, open_payloads(reader.directory))
+    said = read_tree(session_records(reader, name))
+    if tree:
+        _print_tree(said, tree_lines(said), as_json=as_json)
+        return 0
+    line, payloads = Timeline(reader, name), open_payloads(reader.directory)
+    items = WithTerminal(WithCalls(line, payloads, said), payloads)
     if items.unread:
         complain(f"{items.unread} of this session's contents cannot be read here, or were erased")
     if not items.is_whole:
@@ -129,12 +140,20 @@ def replay(
         first = line.first_record().context
         about = [("session", name), ("agent", f"{first.agent} {first.agent_version}"), ("policy", first.policy_hash)]
         with _new_file(html) as file:
-            count = write_html(file, items, f"Session {name}", about=about)
+            count = write_html(file, items, f"Session {name}", about=about, tree=said)
         print(printable(f"{html}: {count} records"))
         return 0
     from corral.log.replay import replay as play
 
     return play(items, sys.stdin, sys.stdout, speed=speed, step=step, place=place, details=details)
+
+
+def _print_tree(tree: Tree, lines: Iterator[str], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({**asdict(tree), "names": None, "steps": {str(step): at for step, at in tree.steps.items()}}))
+        return
+    for line in lines:
+        print(printable(line))
 
 
 def _word(value: object) -> object:

@@ -20,7 +20,7 @@ class Miss(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Novelty:
-    """A destination or a binary that an agent had not used before."""
+    """A destination, a binary, a model or a source of data that an agent had not used before."""
 
     agent: str
     what: str
@@ -101,6 +101,17 @@ class Outlier:
 
 
 @dataclass(frozen=True, slots=True)
+class Spend:
+    """What calls of brokers came to."""
+
+    calls: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    costs: tuple[tuple[str, int], ...] = ()
+    """Currencies, and billionths of each."""
+
+
+@dataclass(frozen=True, slots=True)
 class AgentSummary:
     """What one agent did in the period."""
 
@@ -112,8 +123,13 @@ class AgentSummary:
     killed: int
     new_destinations: tuple[Novelty, ...]
     new_binaries: tuple[Novelty, ...]
+    new_sources: tuple[Novelty, ...]
+    """Models, sources and services."""
     more: int
     """New ones that are not listed."""
+    unexplained: int
+    """Actions that no answer of a model explains."""
+    spend: Spend
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,11 @@
-"""What a log records beside decisions and flows: approvals, changes of policy, the life of a session, and the log's."""
+"""What a log records beside decisions, flows and calls of brokers: approvals, policies, sessions' lives, the log's."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 
-from corral.actions import Content, Decision, Flow, Kind, Origin, Verdict
+from corral.actions import Content, Decision, Flow, Kind, Origin, Used, Verdict
 from corral.approvals.queue import Ending, Scope
 
 
@@ -176,13 +176,15 @@ class PayloadKept:
     content: Content
     digest: str
     size: int
-    """Bytes that are kept."""
+    """Bytes that are kept; a prompt repeats most of the one before it, and these are those that are new."""
     is_whole: bool
     about: str
     """What it is of: a command, a destination."""
     expires: int
     """Seconds since the epoch, from when on it need not be kept."""
     encrypted: bool
+    call: int = 0
+    """The number of the call of a broker that it is of (``Used.call``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +208,7 @@ class PayloadErased:
 Event = (
     Decision
     | Flow
+    | Used
     | SessionStarted
     | SessionEnded
     | ExecStarted
@@ -225,6 +228,7 @@ Event = (
 WORDS: dict[str, type[Event]] = {
     "decision": Decision,
     "flow": Flow,
+    "used": Used,
     "session.started": SessionStarted,
     "session.ended": SessionEnded,
     "exec.started": ExecStarted,

@@ -70,10 +70,24 @@ def _cef_fields(found: Summary) -> Iterator[tuple[str, str]]:
     yield "dhost", found.destination
     yield "cnt", str(found.count)
     for at, (label, value) in enumerate(
-        (("session", found.session), ("policy", found.policy_hash), ("step", str(found.step)), ("by", found.by)), 1
+        (
+            ("session", found.session),
+            ("policy", found.policy_hash),
+            ("step", str(found.step)),
+            ("by", found.by),
+            ("tool", found.tool),
+            ("conversation", found.conversation),
+        ),
+        1,
     ):
         yield f"cs{at}Label", label
         yield f"cs{at}", value
+    yield "request", f"{found.source} {found.model}".strip()
+    numbers = (("inputTokens", found.input_tokens), ("outputTokens", found.output_tokens))
+    for at, (label, number) in enumerate((*numbers, ("unexplained", found.unexplained)), 1):
+        if number:
+            yield f"cn{at}Label", label
+            yield f"cn{at}", str(number)
 
 
 def _cef_head(text: str) -> str:
@@ -103,9 +117,20 @@ def syslog(entries: Entries) -> Iterator[str]:
             "path": found.path,
             "destination": found.destination,
             "by": found.by,
+            "tool": found.tool,
+            "unexplained": "yes" if found.unexplained else "",
+            "source": found.source,
+            "model": found.model,
+            "conversation": found.conversation,
+            "opened": str(found.opened or ""),
+            "inputTokens": str(found.input_tokens or ""),
+            "outputTokens": str(found.output_tokens or ""),
+            "cost": f"{found.cost}e-9 {found.currency}" if found.cost else "",
         }
         data = " ".join(f'{name}="{_syslog_value(value)}"' for name, value in values.items() if value)
-        words = _plain(" ".join(each for each in (found.action, found.verdict, found.path, found.destination) if each))
+        words = _plain(
+            " ".join(each for each in (found.action, found.verdict, found.path, found.destination, found.model) if each)
+        )
         head = f"<{priority}>1 {moment} - corral {found.pid or '-'} {_syslog_name(found.action)}"
         yield f"{head} [corral@{_ENTERPRISE} {data}] {words}"
 
@@ -124,12 +149,16 @@ def otlp(entries: Entries) -> Iterator[str]:
     for number, entry in entries:
         found, record = summary(entry), json.loads(entry)
         _, _, severity, word = _SEVERITIES.get(found.verdict, _SEVERITIES["allow"])
-        attributes: dict[str, str | int] = {
+        attributes: dict[str, str | int | list[str]] = {
             "event.name": f"corral.{found.event}",
             "gen_ai.agent.name": found.agent,
             "gen_ai.agent.version": found.agent_version,
-            "gen_ai.conversation.id": found.session,
+            "gen_ai.conversation.id": found.conversation or found.session,
             "gen_ai.operation.name": _operation(found),
+            "gen_ai.tool.call.id": found.tool,
+            **_gen_ai(found, record),
+            "corral.session": found.session,
+            "corral.unexplained": found.unexplained,
             "corral.number": number,
             "corral.step": found.step,
             "corral.exec": found.exec,
@@ -148,7 +177,7 @@ def otlp(entries: Entries) -> Iterator[str]:
             "severityNumber": severity,
             "severityText": word,
             "body": {"stringValue": json.dumps(record, ensure_ascii=False)},
-            "attributes": [_attribute(name, value) for name, value in attributes.items() if value not in ("", 0)],
+            "attributes": [_attribute(name, value) for name, value in attributes.items() if value not in ("", 0, [])],
         }
         resource = {"attributes": [_attribute("service.name", "corral"), _attribute("service.version", VERSION)]}
         scope = {"scope": {"name": "corral.log"}, "logRecords": [log_record]}
@@ -161,7 +190,35 @@ def _operation(found: Summary) -> str:
     return "execute_tool" if found.event.startswith("exec.") or found.action == "process.exec" else ""
 
 
-def _attribute(name: str, value: str | int) -> dict[str, Any]:
+def _gen_ai(found: Summary, record: dict[str, Any]) -> dict[str, str | int | list[str]]:
+    """What OpenTelemetry's semantic conventions for generative AI have names for, and what they have not."""
+    if found.action not in ("model.call", "data.query", "api.call"):
+        return {}
+    if found.action != "model.call":
+        return {"gen_ai.data_source.id": found.source, "corral.operation": found.model}
+    if found.event != "used":
+        return {"gen_ai.request.model": found.model}
+    used = record["unmapped"]["corral"]["fields"]
+    return {
+        "gen_ai.request.model": found.model,
+        "gen_ai.provider.name": found.source,
+        "gen_ai.response.finish_reasons": [used["finish"]] if used["finish"] else [],
+        "gen_ai.usage.input_tokens": found.input_tokens,
+        "gen_ai.usage.output_tokens": found.output_tokens,
+        "gen_ai.usage.cache_read.input_tokens": used["cached_tokens"],
+        "gen_ai.usage.cache_creation.input_tokens": used["written_tokens"],
+        "error.type": used["ending"] if used["ending"] != "answered" else "",
+        "http.response.status_code": used["status"],
+        "corral.cost": found.cost,
+        "corral.currency": found.currency,
+        "corral.opened": found.opened,
+        "corral.parent": used["parent"],
+    }
+
+
+def _attribute(name: str, value: str | int | list[str]) -> dict[str, Any]:
+    if isinstance(value, list):
+        return {"key": name, "value": {"arrayValue": {"values": [{"stringValue": each} for each in value]}}}
     kind = {"intValue": str(value)} if isinstance(value, int) else {"stringValue": value}
     return {"key": name, "value": kind}
 

@@ -21,10 +21,15 @@ from itertools import islice
 from typing import TextIO
 
 from corral.actions import Verdict
+from corral.log.conversations import Tree, use_words
 from corral.log.items import Item, ItemKind, shown_line
+from corral.log.narration import money
 
 MAX_ITEMS = 100_000
 """Items of one file; a browser has all of them in memory."""
+_DEEPEST = 6
+"""Depths that the style sheet tells apart."""
+_PLACES = 100
 _NO_VERDICT = "none"
 _KINDS = tuple(ItemKind)
 _VERDICTS = tuple(Verdict)
@@ -82,19 +87,27 @@ def _source(content: str) -> str:
 
 
 def write_html(
-    file: TextIO, items: Iterable[Item], title: str, *, about: Iterable[tuple[str, str]] = (), limit: int = MAX_ITEMS
+    file: TextIO,
+    items: Iterable[Item],
+    title: str,
+    *,
+    about: Iterable[tuple[str, str]] = (),
+    limit: int = MAX_ITEMS,
+    tree: Tree | None = None,
 ) -> int:
     """Writes a page that plays ``items``, and returns how many are in it.
 
-    ``about`` are facts about the session that stand above it. Of more than ``limit`` items the first are in it, and the
-    page says so. Items are taken one by one: no more than one is in memory. Raises OSError, and what taking an item
-    raises.
+    ``about`` are facts about the session that stand above it, as its conversations do (``tree``). Of more than
+    ``limit`` items the first are in it, and the page says so. Items are taken one by one: no more than one is in
+    memory. Raises OSError, and what taking an item raises.
     """
     count = 0
 
     def body() -> Iterator[str]:
         nonlocal count
         yield facts(about)
+        if tree is not None and (tree.conversations or tree.unexplained):
+            yield from _tree(tree)
         yield from _controls()
         yield '<ol id="items" aria-label="Time line"></ol>\n'
         yield "<noscript><p>This page shows its records with a script of its own; it loads nothing.</p></noscript>\n"
@@ -130,7 +143,40 @@ def _row(item: Item) -> list[object]:
         -1 if item.verdict is None else _VERDICTS.index(item.verdict),
         item.line,
         [[detail.name, detail.text] for detail in item.details],
+        item.tool,
+        int(item.unexplained),
+        item.conversation,
+        min(item.depth, _DEEPEST),
     ]
+
+
+def _tree(tree: Tree) -> Iterator[str]:
+    """The conversations, each in the one that began it, with buttons that go to their records."""
+    yield '<details id="tree" open><summary>Conversations with models</summary>\n'
+    for each in tree.conversations:
+        costs = "".join(f", {money(amount, currency)}" for currency, amount in each.spend.costs)
+        begun = f", begun by {each.parent}" if each.parent else ""
+        tokens = f"{each.spend.input_tokens} tokens in, {each.spend.output_tokens} out{costs}"
+        head = f"Conversation {each.id or 'without a name'}{begun}: {each.spend.calls} calls, {tokens}"
+        yield f'<details class="depth{min(each.depth, _DEEPEST)}"><summary>{text(head)}</summary>\n<ul>\n'
+        for call in each.calls:
+            opens = f" (step {call.opened})" if call.opened else ""
+            yield f"<li>{_button(call.number)} {text(call.words)}{text(opens)}"
+            uses = "".join(
+                f"<li>{_button(use.first) if use.actions else ''} {text(use_words(use))}</li>" for use in call.tools
+            )
+            yield f"<ul>{uses}</ul></li>\n" if uses else "</li>\n"
+        yield "</ul></details>\n"
+    if tree.unexplained:
+        places = " ".join(_button(number) for number in tree.places[:_PLACES])
+        yield f'<p class="unexplained">{tree.unexplained} actions that no answer explains: {places}</p>\n'
+    if tree.left_out:
+        yield f'<p class="note">{tree.left_out} more calls are not shown: there were too many.</p>\n'
+    yield "</details>\n"
+
+
+def _button(number: int) -> str:
+    return f'<button type="button" class="place" data-number="{number}">#{number}</button>'
 
 
 def _controls() -> Iterator[str]:
@@ -141,9 +187,11 @@ def _controls() -> Iterator[str]:
     for speed in (0.25, 0.5, 1, 2, 4, 8, 16, 64):
         yield f'<option value="{speed}"{" selected" if speed == 1 else ""}>{speed}×</option>'  # noqa: RUF001
     yield '</select></label><label>Search <input type="search" id="search" autocomplete="off"></label>'
-    yield '<label>Go to <input id="go" size="14" autocomplete="off" placeholder="#12, step 3, 1:05"></label></div>'
+    yield '<label>Go to <input id="go" size="14" autocomplete="off" placeholder="#12, step 3, tool ID, 1:05"></label>'
+    yield "</div>"
     yield '<div><input type="range" id="seek" min="0" max="0" value="0" aria-label="Place in the time line"></div>'
     yield _boxes("Kinds", "kind", [kind.value for kind in _KINDS])
+    yield '<label><input type="checkbox" id="unexplained"> only what no answer of a model explains</label>'
     yield _boxes("Verdicts", "verdict", [*(verdict.name.lower() for verdict in _VERDICTS), _NO_VERDICT])
     yield '<p id="status" class="note" role="status"></p>'
     yield '<div class="pages"><button type="button" id="earlier">Earlier page</button><span id="page"></span>'

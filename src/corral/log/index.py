@@ -42,7 +42,7 @@ from corral.log.reader import Reader
 from corral.log.records import Summary, summary
 from corral.log.signing import read_keys
 
-_VERSION = 2
+_VERSION = 3
 _BATCH = 5000
 _NUMBER = BigInteger().with_variant(Integer(), "sqlite")
 _LIKE_ESCAPE = "\\"
@@ -57,12 +57,16 @@ _records = Table(
         Column(name, BigInteger, nullable=False)
         for name in ("sequence", "at", "class_uid", "step", "exec", "count", "pid")
     ),
+    *(Column(name, BigInteger, nullable=False) for name in ("unexplained", "opened")),
+    *(Column(name, BigInteger, nullable=False) for name in ("input_tokens", "output_tokens", "cost")),
+    *(Column(name, Text, nullable=False) for name in ("tool", "source", "model", "conversation", "currency")),
     *(Column(name, Text, nullable=False) for name in ("policy_hash", "action", "verdict", "rule", "decider")),
     *(Column(name, Text, nullable=False) for name in ("exe", "destination", "path", "by")),
     Index("records_session", "session", "number"),
     Index("records_at", "at"),
     Index("records_action", "action", "verdict", "number"),
     Index("records_destination", "destination", "number"),
+    Index("records_tool", "tool", "number"),
 )
 _state = Table(
     "state",

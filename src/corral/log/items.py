@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from corral.actions import Verdict
+from corral.actions import Origin, Verdict
 from corral.policy.document import escaped
 
 MAX_LINE = 300
@@ -18,6 +18,8 @@ MAX_LINE = 300
 MAX_DETAIL = 16 * 1024
 """Characters of one detail."""
 MAX_DETAILS = 64
+UNEXPLAINED = "unexplained"
+"""How the line of an item begins that no answer of a model explains."""
 _TAB = 4
 
 
@@ -27,7 +29,7 @@ class ItemKind(Enum):
     REASONING = "reasoning"
     """What a model was asked and answered."""
     TOOL_CALL = "tool call"
-    """A command that the agent had run."""
+    """A command that the agent had run, a query of data, or a call of a service."""
     SYSTEM_CALL = "system call"
     """What its processes tried, with the verdict."""
     FLOW = "flow"
@@ -65,6 +67,14 @@ class Item:
     step: int = 0
     """The step it belongs to; 0 where none was open."""
     verdict: Verdict | None = None
+    tool: str = ""
+    """The tool call of that step that it comes from."""
+    unexplained: bool = False
+    """No answer of a model explains it. Its line says so too, so that it can be searched for."""
+    conversation: str = ""
+    """The conversation of a call of a model, or whose answer opened the step."""
+    depth: int = 0
+    """How deep that conversation is in the tree of those that began others; and one more within a step of it."""
 
     def has(self, text: str) -> bool:
         """Whether this text stands in it, whatever the case of its letters."""
@@ -98,13 +108,18 @@ def make_item(
     *,
     step: int = 0,
     verdict: Verdict | None = None,
+    origin: Origin | None = None,
 ) -> Item:
-    """An item of texts as they are recorded. Details without a text are left out."""
+    """An item of texts as they are recorded. Details without a text are left out. ``origin`` is whose step, tool call
+    and lack of one it has, where ``step`` is not given."""
     found = [Detail(shown_line(name, 60), shown(text)) for name, text in details if text]
     if len(found) > MAX_DETAILS:
         more = Detail("more", f"{len(found) - MAX_DETAILS + 1} more details, not shown")
         found = [*found[: MAX_DETAILS - 1], more]
-    return Item(number, kind, at, offset, shown_line(line), tuple(found), step, verdict)
+    tool, unexplained = (origin.tool, origin.unexplained) if origin is not None else ("", False)
+    step = step or (origin.step if origin is not None else 0)
+    line = f"{UNEXPLAINED}: {line}" if unexplained else line
+    return Item(number, kind, at, offset, shown_line(line), tuple(found), step, verdict, shown_line(tool), unexplained)
 
 
 def clock(seconds: float) -> str:

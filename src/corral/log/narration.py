@@ -8,7 +8,8 @@ import shlex
 import signal
 from collections.abc import Iterator
 
-from corral.actions import Access, Decision, File, Flow, KernelCall, Kind, Process, Program, Verdict
+from corral.actions import Access, Decision, File, Flow, KernelCall, Kind, Origin, Process, Program, Used, Verdict
+from corral.actions import Ending as CallEnding
 from corral.approvals.queue import Ending, Scope
 from corral.log.events import (
     ApplyEnded,
@@ -32,6 +33,8 @@ from corral.log.items import Item, ItemKind, make_item
 from corral.log.records import Record
 
 MICROSECONDS = 1_000_000
+_TOOLS = 16
+"""Tool calls of one answer that are named."""
 _WORDS = 4000
 """Characters of an argument vector that are quoted for a detail."""
 _KINDS = {
@@ -62,13 +65,14 @@ def item_of(number: int, record: Record, offset: float, *, missing: str = "") ->
     """The item of a record. ``offset`` is in seconds; ``missing`` says what is missing before it, if anything is."""
     event = record.event
     kind, line, details = _told(event)
+    origin = event.action.origin if isinstance(event, Decision) else getattr(event, "origin", None)
     notes = [
         *details,
+        *_origin_details(origin),
         ("not whole", ", ".join(sorted(record.cut))),
         ("missing", missing),
         ("record", f"{number}; {record.sequence} of its session"),
     ]
-    origin = event.action.origin if isinstance(event, Decision) else getattr(event, "origin", None)
     return make_item(
         number,
         kind,
@@ -76,7 +80,8 @@ def item_of(number: int, record: Record, offset: float, *, missing: str = "") ->
         offset,
         line,
         notes,
-        step=origin.step if origin is not None else _step_of(event),
+        step=_step_of(event),
+        origin=origin,
         verdict=event.verdict if isinstance(event, Decision | Approval) else None,
     )
 
@@ -92,6 +97,8 @@ def _told(event: Event) -> tuple[ItemKind, str, _Details]:
             return _kind(event), _decision_line(event), _decision_details(event)
         case Flow():
             return ItemKind.FLOW, _flow_line(event), _flow_details(event)
+        case Used():
+            return _KINDS.get(event.kind, ItemKind.TOOL_CALL), _used_line(event), _used_details(event)
         case ExecStarted():
             return ItemKind.TOOL_CALL, f"exec {event.exec}: {_command(event.argv)}", _exec_details(event)
         case ExecEnded():
@@ -246,6 +253,65 @@ def _flow_details(flow: Flow) -> _Details:
     yield "certificate", flow.certificate
     yield "intercepted", "yes" if flow.intercepted else ""
     yield from _process(flow.origin.process)
+
+
+def _origin_details(origin: Origin | None) -> _Details:
+    if origin is None:
+        return
+    yield "tool call", origin.tool
+    yield "unexplained", "no answer of a model asked for it" if origin.unexplained else ""
+
+
+# ---- calls of brokers ----
+
+
+def _used_line(used: Used) -> str:
+    about = [f"{used.name} of {used.source}" if used.source else used.name]
+    if used.kind is Kind.MODEL_CALL:
+        cached = f" ({used.cached_tokens} cached)" if used.cached_tokens else ""
+        guess = "about " if used.estimated else ""
+        about.append(f"{guess}{used.input_tokens} tokens in{cached}, {used.output_tokens} out")
+    elif used.kind is Kind.DATA_QUERY:
+        about.append(f"{used.rows} rows, {used.bytes_down} bytes")
+    else:
+        about.append(f"{used.bytes_up} bytes out, {used.bytes_down} in")
+    if used.cost:
+        about.append(money(used.cost, used.currency))
+    about.append(f"{used.seconds:.1f} s")
+    if used.tools:
+        names = ", ".join(each.name[:40] for each in used.tools[:_TOOLS])
+        about.append(f"asks for {names}{', ...' if len(used.tools) > _TOOLS else ''}")
+    if used.ending is not CallEnding.ANSWERED:
+        about.append(f"{used.ending.value}{f': {used.reason}' if used.reason else ''}")
+    return f"{used.kind.value} {about[0]}: {', '.join(about[1:])}"
+
+
+def _used_details(used: Used) -> _Details:
+    yield "ended", f"{used.ending.value}{f': {used.reason}' if used.reason else ''}"
+    yield "status", str(used.status or "")
+    yield "rule", used.rule
+    yield "first after", f"{used.first:.3f} s" if used.first else ""
+    if used.kind is Kind.MODEL_CALL:
+        kept = f"{used.cached_tokens} from a cache, {used.written_tokens} written to one"
+        yield "tokens", f"{used.input_tokens} in ({kept}), {used.output_tokens} out"
+        yield "estimated", "the upstream has not said how many" if used.estimated else ""
+        yield "conversation", used.conversation
+        yield "begun by", used.parent
+        yield "opens step", str(used.opened or "")
+        yield "stopped", used.finish
+    yield "cost", money(used.cost, used.currency) if used.cost else ""
+    yield "rows", str(used.rows or "")
+    yield "bytes", f"{used.bytes_up} out, {used.bytes_down} in"
+    yield "personal data", ", ".join(used.personal)
+    for call in used.tools[:_TOOLS]:
+        yield f"asks for {call.name}", f"{call.id}: {call.arguments}"
+    yield from _process(used.origin.process)
+
+
+def money(billionths: int, currency: str) -> str:
+    """An amount, as precise as it is known."""
+    whole, rest = divmod(billionths, 1_000_000_000)
+    return f"{whole}.{f'{rest:09d}'.rstrip('0').ljust(2, '0')} {currency}".strip()
 
 
 def _exec_details(event: ExecStarted) -> _Details:

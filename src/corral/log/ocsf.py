@@ -10,7 +10,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from corral.actions import Decision, Flow, Kind, Verdict
+from corral.actions import Decision, Ending, Flow, Kind, Used, Verdict
 from corral.log.events import (
     ApplyEnded,
     Approval,
@@ -30,6 +30,7 @@ from corral.monitor.plain import Bounds
 VERSION = "1.8.0"
 """Of the schema. Tests validate every kind of record against it."""
 PROFILES = ["host", "security_control"]
+_AI = [*PROFILES, "ai_operation"]
 FILE, KERNEL, PROCESS, ENTITY, NETWORK, HTTP, DNS, LIFECYCLE, API = (
     1001, 1003, 1007, 3004, 4001, 4002, 4003, 6002, 6003,
 )  # fmt: skip
@@ -39,6 +40,9 @@ _SEVERITY = {Verdict.ALLOW: 1, Verdict.ASK: 2, Verdict.DENY: 3, Verdict.KILL: 5}
 _FILES = {Kind.FILE_RENAME: 5, Kind.FILE_UNLINK: 4, Kind.FILE_LINK: 1, Kind.FILE_CHMOD: 6}
 _NETWORK = {Kind.NET_CONNECT: 1, Kind.NET_SEND: 6, Kind.NET_BIND: 7, Kind.NET_LISTEN: 7}
 _METHODS = {"CONNECT": 1, "DELETE": 2, "GET": 3, "HEAD": 4, "OPTIONS": 5, "POST": 6, "PUT": 7, "TRACE": 8, "PATCH": 9}
+_MOST = 2**53 - 1
+_ASSISTANT = 2
+"""Whose message it is: the model's."""
 _CALL = 2
 """A kernel resource of the type "system call"."""
 
@@ -64,6 +68,8 @@ def fields_of(event: Event, plain: Fields, context: Context, bounds: Bounds) -> 
         fields = _decision(event, plain, bounds)
     elif isinstance(event, Flow):
         fields = _flow(plain)
+    elif isinstance(event, Used):
+        fields = _used(event, plain)
     elif isinstance(event, Approval):
         fields = _approval(event, plain)
     elif isinstance(event, PolicyChanged):
@@ -73,6 +79,11 @@ def fields_of(event: Event, plain: Fields, context: Context, bounds: Bounds) -> 
     fields["type_uid"] = fields["class_uid"] * 100 + fields["activity_id"]
     fields["category_uid"] = fields["class_uid"] // 1000
     return fields
+
+
+def profiles_of(event: Event) -> list[str]:
+    """Of the schema, that a record of it uses."""
+    return _AI if isinstance(event, Used) and event.kind is Kind.MODEL_CALL else PROFILES
 
 
 def common(context: Context) -> Fields:
@@ -253,6 +264,50 @@ def _flow(plain: Fields) -> Fields:
         fields["status_detail"] = plain["close"]
     if plain["ja4"]:
         fields["ja4_fingerprint_list"] = [{"type_id": 1, "value": plain["ja4"]}]
+    return fields
+
+
+# ---- calls of brokers ----
+
+_ENDED = {Ending.ANSWERED: 1, Ending.REFUSED: 3, Ending.FAILED: 2, Ending.ABANDONED: 1}
+"""How severe each is."""
+
+
+def _used(event: Used, plain: Fields) -> Fields:
+    """A call of an interface, whose answer may be that it is refused."""
+    started, lasted = plain["started"] // 1000, plain["seconds"] // 1000
+    done = event.ending is Ending.ANSWERED and event.status < 400
+    action = 2 if event.ending is Ending.REFUSED else 1
+    api: Fields = {"operation": plain["kind"], "service": {"name": plain["source"] or "unknown"}}
+    api["response"] = {"code": plain["status"], "message": plain["ending"]}
+    fields: Fields = {
+        "class_uid": API,
+        "activity_id": _OTHER,
+        "severity_id": _ENDED[event.ending],
+        "status_id": 1 if done else 2,
+        "action_id": action,
+        "disposition_id": action,
+        "firewall_rule": {"name": plain["rule"]},
+        "src_endpoint": {"uid": plain["origin"]["sandbox"]},
+        "api": api,
+        "start_time": started,
+        "end_time": started + lasted,
+        "duration": lasted,
+    }
+    if plain["reason"]:
+        fields["status_detail"] = plain["reason"]
+    if event.kind is Kind.MODEL_CALL:
+        fields["ai_model"] = {"name": plain["name"], "ai_provider": plain["source"] or "unknown"}
+        fields["message_context"] = {
+            "uid": plain["conversation"] or "unknown",
+            "service": api["service"],
+            "ai_role_id": _ASSISTANT,
+            "prompt_tokens": plain["input_tokens"],
+            "completion_tokens": plain["output_tokens"],
+            "total_tokens": min(plain["input_tokens"] + plain["output_tokens"], _MOST),
+        }
+    else:
+        fields["resources"] = [{"name": plain["name"], "type": plain["kind"]}]
     return fields
 
 

@@ -19,16 +19,19 @@ from corral.log.records import summary
 if TYPE_CHECKING:
     import pyarrow
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ROWS = 10_000
 """Rows of one group, at most."""
 GROUP_BYTES = 16 << 20
 """Bytes of the entries of one group, after which it is written: that much, and what it becomes, is in memory."""
 _TEXTS = (
     *("event", "session", "sandbox", "agent", "agent_version", "policy_hash", "action", "verdict", "rule", "decider"),
-    *("exe", "destination", "path", "by"),
+    *("exe", "destination", "path", "by", "tool", "source", "model", "conversation", "currency"),
 )
-_NUMBERS = ("sequence", "class_uid", "step", "exec", "count", "pid")
+_NUMBERS = (
+    *("sequence", "class_uid", "step", "exec", "count", "pid"),
+    *("unexplained", "opened", "input_tokens", "output_tokens", "cost"),
+)
 
 
 class ExportFault(CorralError):

@@ -7,6 +7,9 @@ has. The log stays as it was signed, and says who erased it and why.
 One file holds one payload: a line of what it is, then salt and content, compressed (zstd, RFC 8878), and encrypted
 where the store has a key (AES-256-GCM, NIST SP 800-38D; the line and the digest are its associated data). The digest
 covers the line too.
+
+A payload that repeats most of another one may hold only what is new (``Shared``): its line names that one, and how much
+of it comes before and behind.
 """
 
 from __future__ import annotations
@@ -37,7 +40,11 @@ MAX_PAYLOAD = 64 << 20
 """Bytes of one content."""
 _MAX_FILE = MAX_PAYLOAD + (1 << 20)
 _MAX_LINE = 1024
+MAX_CHAIN = 64
+"""Payloads of which each builds on the one before."""
 _FORMAT = "corral.payload.1"
+_SHARING = "corral.payload.2"
+"""The format of one that builds on another."""
 _PREFIX = "hmac-sha256:"
 _DIGEST = re.compile(rf"{_PREFIX}[0-9a-f]{{64}}", re.ASCII)
 _SALT = 32
@@ -56,6 +63,18 @@ class PayloadMissing(PayloadError):
 
 
 @dataclass(frozen=True, slots=True)
+class Shared:
+    """What the content of a payload has in common with that of another, and is not kept again."""
+
+    base: str
+    """The digest of the other."""
+    prefix: int
+    """Bytes of that with which it begins."""
+    suffix: int
+    """Bytes of that with which it ends."""
+
+
+@dataclass(frozen=True, slots=True)
 class Payload:
     """One that lies in a store."""
 
@@ -64,6 +83,7 @@ class Payload:
     expires: int
     """Seconds since the epoch, from when on it need not be kept."""
     encrypted: bool
+    shared: Shared | None = None
 
 
 class Payloads:
@@ -82,8 +102,11 @@ class Payloads:
 
     # ---- keeping ----
 
-    def keep(self, content: Content, data: bytes, *, expires: int) -> Payload:
-        """Keeps content for good. Raises PayloadError where that cannot be done, or not as secretly as is wanted."""
+    def keep(self, content: Content, data: bytes, *, expires: int, shared: Shared | None = None) -> Payload:
+        """Keeps content for good; where it is ``shared``, ``data`` is what lies between.
+
+        Raises PayloadError where that cannot be done, or not as secretly as is wanted.
+        """
         if len(data) > MAX_PAYLOAD:
             raise PayloadError(f"{len(data)} bytes of content are more than the {MAX_PAYLOAD} that can be kept")
         cipher = self._cipher()
@@ -92,9 +115,10 @@ class Payloads:
                 f"{self.directory}: it is to be encrypted, and its key is not here; bring {self._key} back"
             )
         salt = secrets.token_bytes(_SALT)
-        line = rfc8785.dumps(
-            {"format": _FORMAT, "content": content.value, "expires": expires, "encrypted": cipher is not None}
-        )
+        about = {"format": _FORMAT, "content": content.value, "expires": expires, "encrypted": cipher is not None}
+        if shared is not None:
+            about |= {"format": _SHARING, "base": shared.base, "prefix": shared.prefix, "suffix": shared.suffix}
+        line = rfc8785.dumps(about)
         digest = _digest(salt, line, data)
         body = salt + zstandard.ZstdCompressor(level=_LEVEL).compress(data)
         if cipher is not None:
@@ -109,7 +133,7 @@ class Payloads:
             write_file(path, line + b"\n" + body, mode=0o600)
         except OSError as error:
             raise PayloadError(f"{self.directory}: cannot keep content: {error.strerror}") from None
-        return Payload(digest, content, expires, cipher is not None)
+        return Payload(digest, content, expires, cipher is not None, shared)
 
     def _require_space(self, size: int) -> None:
         directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -128,14 +152,31 @@ class Payloads:
 
         Raises PayloadMissing where it is not there; PayloadError where it is another, or cannot be read.
         """
-        _, data = self._read(digest)
-        if data is None:
-            raise PayloadError(f"{digest}: it is encrypted, and the key of the store is not here")
+        pieces: list[tuple[Shared, bytes]] = []
+        at = digest
+        while True:
+            try:
+                about, data = self._read(at)
+            except PayloadMissing:
+                if at == digest:
+                    raise
+                raise PayloadMissing(f"{digest}: it continues {at}, which is not there") from None
+            if data is None:
+                raise PayloadError(f"{at}: it is encrypted, and the key of the store is not here")
+            if about.shared is None:
+                break
+            pieces.append((about.shared, data))
+            if len(pieces) >= MAX_CHAIN:
+                raise PayloadError(f"{digest}: more than {MAX_CHAIN} build on one another")
+            at = about.shared.base
+        for shared, piece in reversed(pieces):
+            data = _joined(data, shared, piece, digest)
         return data
 
     def check(self, digest: str) -> tuple[Payload, int | None]:
-        """What it is, and how many bytes; None where it is encrypted and the key is not here: of such a one nothing is
-        known but that something lies there, and what that says it is. Raises as :meth:`read`."""
+        """What it is, and how many bytes, without those that it shares; None where it is encrypted and the key is not
+        here: of such a one nothing is known but that something lies there, and what that says it is. Raises as
+        :meth:`read`, but says nothing of what it builds on."""
         about, data = self._read(digest)
         return about, None if data is None else len(data)
 
@@ -229,14 +270,37 @@ class Payloads:
 def _parse(line: bytes, digest: str) -> Payload:
     try:
         found = json.loads(line)
-        if rfc8785.dumps(found) != line or found.pop("format") != _FORMAT:
+        if rfc8785.dumps(found) != line:
             raise ValueError
-        about = Payload(digest, Content(found.pop("content")), found.pop("expires"), found.pop("encrypted"))
+        shared = None
+        match found.pop("format"):
+            case str(name) if name == _FORMAT:
+                pass
+            case str(name) if name == _SHARING:
+                shared = Shared(found.pop("base"), found.pop("prefix"), found.pop("suffix"))
+                if not (_DIGEST.fullmatch(shared.base) and _is_size(shared.prefix) and _is_size(shared.suffix)):
+                    raise ValueError
+            case _:
+                raise ValueError
+        about = Payload(digest, Content(found.pop("content")), found.pop("expires"), found.pop("encrypted"), shared)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise PayloadError(f"{digest}: its file is no payload") from None
     if found or type(about.expires) is not int or type(about.encrypted) is not bool:
         raise PayloadError(f"{digest}: its file is no payload")
     return about
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MAX_PAYLOAD
+
+
+def _joined(base: bytes, shared: Shared, piece: bytes, digest: str) -> bytes:
+    """Raises PayloadError where the other is not as long as it must be."""
+    if shared.prefix + shared.suffix > len(base):
+        raise PayloadError(f"{digest}: what it continues is another")
+    if shared.prefix + len(piece) + shared.suffix > MAX_PAYLOAD:
+        raise PayloadError(f"{digest}: it is too long")
+    return base[: shared.prefix] + piece + base[len(base) - shared.suffix :]
 
 
 def _digest(salt: bytes, line: bytes, data: bytes) -> str:

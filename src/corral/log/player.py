@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 
 from corral.errors import RequestError
@@ -25,6 +25,8 @@ MAX_TYPED = 200
 _PLACE = re.compile(
     r"#?(?P<number>[0-9]{1,18})"
     r"|step (?P<step>[0-9]{1,18})"
+    r"|(?P<unexplained>unexplained)"
+    r"|tool (?P<tool>\S{1,200})"
     r"|(?P<only>[0-9]{1,9}(\.[0-9]{1,6})?)s"
     r"|((?P<hours>[0-9]{1,5}):)?(?P<minutes>[0-9]{1,5}):(?P<seconds>[0-9]{1,2}(\.[0-9]{1,6})?)",
     re.ASCII,
@@ -111,16 +113,23 @@ class Player:
     # ---- places ----
 
     def seek(self, place: str) -> None:
-        """Goes to ``12`` or ``#12`` (the first record from that number on), ``step 3``, ``12.5s``, ``1:05`` or
-        ``1:02:03`` (the first item from that time on). Raises RequestError where there is no such place."""
+        """Goes to ``12`` or ``#12`` (the first record from that number on), ``step 3``, ``tool ID``, ``unexplained``
+        (the next one), ``12.5s``, ``1:05`` or ``1:02:03`` (the first item from that time on). Raises RequestError where
+        there is no such place."""
         match = _PLACE.fullmatch(place.strip())
         if match is None:
-            raise RequestError("a place is a record's number, `step 3`, `12.5s`, or a time such as 1:05 or 1:02:03")
+            raise RequestError(
+                "a place is a record's number, `step 3`, `tool ID`, `unexplained`, `12.5s`, or a time such as 1:05"
+            )
         if match["number"]:
             self._go(self._first(int(match["number"]), by_number=True))
         elif match["step"]:
             step = int(match["step"])
-            self._go(next((at for at in range(len(self.items)) if self.items[at].step == step), len(self.items)))
+            self._go(self._where(lambda item: item.step == step))
+        elif match["tool"]:
+            self._go(self._where(lambda item: item.tool == match["tool"]))
+        elif match["unexplained"]:
+            self._go(self._where(lambda item: item.unexplained, self.position))
         else:
             whole = int(match["hours"] or 0) * 3600 + int(match["minutes"] or 0) * 60
             self._go(self._first(whole + float(match["only"] or match["seconds"])))
@@ -134,6 +143,9 @@ class Player:
             raise RequestError("nothing has this text")
         self._sought = text
         self._go(found)
+
+    def _where(self, is_wanted: Callable[[Item], bool], start: int = 0) -> int:
+        return next((at for at in range(start, len(self.items)) if is_wanted(self.items[at])), len(self.items))
 
     def _first(self, wanted: float, *, by_number: bool = False) -> int:
         return bisect_left(self.items, wanted, key=lambda item: item.number if by_number else item.offset)

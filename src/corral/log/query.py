@@ -30,18 +30,22 @@ _MICRO = 1_000_000
 class Filter:
     """Which records are wanted. The default is all of them."""
 
-    PATTERNS: ClassVar[frozenset[str]] = frozenset({"action", "agent", "by", "destination", "exe", "path", "rule"})
+    PATTERNS: ClassVar[frozenset[str]] = frozenset(
+        {"action", "agent", "by", "destination", "exe", "model", "path", "rule", "source"}
+    )
     """Names whose values are globs."""
     TEXTS: ClassVar[frozenset[str]] = PATTERNS | {
         "agent_version",
+        "conversation",
         "decider",
         "event",
         "policy_hash",
         "sandbox",
         "session",
+        "tool",
         "verdict",
     }
-    NUMBERS: ClassVar[frozenset[str]] = frozenset({"class_uid", "exec", "pid", "step"})
+    NUMBERS: ClassVar[frozenset[str]] = frozenset({"class_uid", "exec", "opened", "pid", "step", "unexplained"})
 
     texts: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """Names with the values that they may have."""

@@ -15,13 +15,13 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from corral.actions import Action, Decision, Kind, Origin, Verdict
-from corral.log.events import WORDS, Approval, Event
-from corral.log.ocsf import PROFILES, VERSION, Context, actor, common, fields_of
+from corral.actions import Action, Decision, Kind, Origin, ToolCall, Used, Verdict
+from corral.log.events import WORDS, Approval, Event, PayloadKept
+from corral.log.ocsf import VERSION, Context, actor, common, fields_of, profiles_of
 from corral.log.tiles import MAX_ENTRY
 from corral.monitor.plain import Bounds, from_plain, refuse, subject_type, to_plain, unique
 
@@ -30,12 +30,15 @@ _BOUNDS = (Bounds(), Bounds(text=1024, entries=64, words=4096), Bounds(text=128,
 _MICRO = 1_000_000
 _KEPT = 2048
 """Characters of an origin that is kept for the next record."""
+_MOST = 2**53 - 1
+"""Canonical JSON has no larger integer."""
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _NAMES: dict[type[Any], str] = {kind: word for word, kind in WORDS.items()}
 _VERDICTS = {verdict.name.lower(): verdict for verdict in Verdict}
 _TIMES = {
     "decision": ("at", "held"),
     "flow": ("started", "seconds"),
+    "used": ("started", "seconds", "first"),
     "approval": ("asked_at", "ended_at", "timeout"),
 }
 
@@ -82,6 +85,22 @@ class Summary:
     path: str = ""
     by: str = ""
     """Which person had a part in it: answered, changed a policy, erased a content."""
+    tool: str = ""
+    """The tool call that it comes from."""
+    unexplained: int = 0
+    """1 where no answer of a model explains it."""
+    source: str = ""
+    """Of a call of a broker, or the question whether it may be: the upstream, source or service."""
+    model: str = ""
+    """The model, the statement, or the operation."""
+    conversation: str = ""
+    opened: int = 0
+    """The step that it opened."""
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost: int = 0
+    """In billionths of ``currency``."""
+    currency: str = ""
 
 
 def encode(event: Event, context: Context, *, sequence: int, at: float, monotonic_ns: int) -> bytes:
@@ -110,7 +129,7 @@ def _encode(event: Event, context: Context, sequence: int, at: int, monotonic: i
         "actor": _Mark.ACTOR,
         "device": _Mark.DEVICE,
         "policy": _Mark.POLICY,
-        "metadata": metadata | {"product": _Mark.PRODUCT, "profiles": PROFILES},
+        "metadata": metadata | {"product": _Mark.PRODUCT, "profiles": profiles_of(event)},
         "unmapped": {"corral": own},
     }
     fragments = {_Mark.ACTOR: actor, _Mark.ORIGIN: own_origin, **_common(context)}
@@ -120,7 +139,7 @@ def _encode(event: Event, context: Context, sequence: int, at: int, monotonic: i
         damaged = {name for name, value in fields.items() if _SURROGATES.search(_json(value))}
         own["cut"] = sorted({*cut, *damaged, *(["origin"] if _SURROGATES.search(own_origin) else [])})
         metadata["is_truncated"] = True
-        values["metadata"] = metadata | {"product": _Mark.PRODUCT, "profiles": PROFILES}
+        values["metadata"] = metadata | {"product": _Mark.PRODUCT, "profiles": profiles_of(event)}
         return _SURROGATES.sub("\ufffd", _spliced(values, fragments)).encode()
 
 
@@ -156,9 +175,13 @@ def _common(context: Context) -> dict[str, str]:
 
 def _is_short(origin: Origin | None) -> bool:
     """Whether what is kept of it is at most some ten thousand bytes."""
-    if origin is None or origin.process is None:
+    if origin is None:
         return True
+    if len(origin.tool) > _KEPT:
+        return False
     process = origin.process
+    if process is None:
+        return True
     texts = len(process.exe) + sum(map(len, process.argv)) + sum(len(each.exe) for each in process.ancestors)
     return texts + 8 * len(process.argv) + 32 * len(process.ancestors) <= _KEPT
 
@@ -200,15 +223,31 @@ def _plain(event: Event, bounds: Bounds) -> tuple[dict[str, Any], list[str]]:
         values = {name: getattr(event, name) for name in type(event).__dataclass_fields__ if name != "origin"}
     plain: dict[str, Any] = {}
     cut: list[str] = []
+    if isinstance(event, Used):
+        values = {name: min(value, _MOST) if type(value) is int else value for name, value in values.items()}
+        values["tools"], is_whole = _short_tools(event.tools, bounds)
+        cut += [] if is_whole else ["tools"]
     for name, value in values.items():
         plain[name], whole = to_plain(value, bounds)
-        if not whole:
+        if not whole and name not in cut:
             cut.append(name)
     if isinstance(event, Approval):
         plain["verdict"] = event.verdict.name.lower()
     for name in _TIMES.get(_NAMES[type(event)], ()):
         plain[name] = round(getattr(event, name) * _MICRO)
     return plain, cut
+
+
+def _short_tools(tools: tuple[ToolCall, ...], bounds: Bounds) -> tuple[tuple[ToolCall, ...], bool]:
+    """Tool calls of which each is there, its arguments as far as all of them have room, and whether they are whole.
+
+    The whole is in the answer, which may be kept beside the log."""
+    kept = tools[: bounds.entries]
+    overhead = 64 + max((len(each.id[: bounds.text]) + len(each.name[: bounds.text]) for each in kept), default=0)
+    room = max(0, bounds.words // max(1, len(kept)) - 2 * overhead) // 2  # escapes of JSON count too
+    if len(kept) == len(tools) and all(len(each.arguments) <= room for each in kept):
+        return tools, True
+    return tuple(replace(each, arguments=each.arguments[:room]) for each in kept), False
 
 
 # ---- reading ----
@@ -248,6 +287,8 @@ def _decoded(values: dict[str, Any]) -> Record:
         times["asked"] = ()
     if kind in (Decision, Approval):
         times["verdict"] = _VERDICTS[fields.pop("verdict")]
+    if kind is PayloadKept:
+        fields = {"call": 0, **fields}  # which older records lack
     event = from_plain(kind, fields, **times)
     actor, policy = values["actor"], values["policy"]
     context = Context(
@@ -280,7 +321,7 @@ def _summary(values: dict[str, Any]) -> Summary:
     subject = fields.get("subject") or {}
     endpoint = fields.get("endpoint") or subject.get("endpoint") or ("transport" in subject and subject) or {}
     word = own["event"]
-    action = word if word != "decision" else fields["kind"]
+    action = fields["kind"] if word in ("decision", "used") else word
     return Summary(
         event=word,
         session=metadata["correlation_uid"],
@@ -303,7 +344,24 @@ def _summary(values: dict[str, Any]) -> Summary:
         destination=_destination(endpoint),
         path=subject.get("path", "") if "transport" not in subject else "",
         by=fields.get("by", fields.get("answered_by", "")),
+        tool=origin.get("tool", ""),
+        unexplained=int(origin.get("unexplained", False)),
+        **_of_broker(word, fields, subject),
     )
+
+
+def _of_broker(word: str, fields: dict[str, Any], subject: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a call of a broker, or of the question whether it may be."""
+    if word == "used":
+        names = ("source", "conversation", "opened", "input_tokens", "output_tokens", "cost", "currency")
+        return {"model": fields["name"], **{name: fields[name] for name in names}}
+    if word == "decision" and fields["kind"] == Kind.MODEL_CALL.value:
+        return {"model": subject["model"]}
+    if word == "decision" and fields["kind"] == Kind.DATA_QUERY.value:
+        return {"source": subject["source"], "model": subject["statement"]}
+    if word == "decision" and fields["kind"] == Kind.API_CALL.value:
+        return {"source": subject["service"], "model": subject["operation"]}
+    return {}
 
 
 def _destination(endpoint: dict[str, Any]) -> str:

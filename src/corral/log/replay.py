@@ -31,6 +31,8 @@ from corral.log.player import Key, Player
 
 MAX_DETAIL_LINES = 12
 """Lines of one detail that are printed."""
+MAX_DEPTH = 8
+"""Items that are deeper in the tree of conversations are set in as far as these."""
 INTERRUPTED = 130
 """The exit code for Ctrl-C, as shells have it."""
 _ESCAPE_DELAY = 0.05
@@ -52,7 +54,9 @@ def item_text(item: Item, *, details: bool = False) -> Text:
         (f"#{item.number:<7} ", "dim"),
         (f"{item.kind.value:<12} ", "cyan"),
         (f"{verdict:<6}", _STYLES[item.verdict] if item.verdict is not None else ""),
+        "  " * min(item.depth, MAX_DEPTH),
         shown_line(item.line),
+        (_place(item), "dim"),
     )
     for detail in item.details if details else ():
         lines = shown(detail.text).split("\n")
@@ -62,6 +66,13 @@ def item_text(item: Item, *, details: bool = False) -> Text:
             found.append(f"\n{'':<15}{shown_line(detail.name) if index == 0 else '':<12} ", "dim")
             found.append(line)
     return found
+
+
+def _place(item: Item) -> str:
+    """Whose step it belongs to, where a model's answer opened that."""
+    if not item.conversation or not item.depth or not item.step:
+        return ""
+    return f" [step {item.step}{f', {shown_line(item.tool, 60)}' if item.tool else ''}]"
 
 
 def print_items(items: Iterable[Item], file: TextIO, *, details: bool = False) -> None:

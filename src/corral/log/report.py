@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from corral.log.digest import Digest
 from corral.log.html import page, text
 from corral.log.items import shown_line
+from corral.log.narration import money
 
 _MARGIN = "  "
 
@@ -90,6 +91,30 @@ def _tables(digest: Digest) -> Iterator[_Table]:
             (each.agent, each.what, str(each.count), _time(each.at), f"#{each.number}")
             for agent in digest.agents
             for each in agent.new_destinations
+        ),
+        "none",
+    )
+    yield _Table(
+        "New models, sources and services",
+        ("agent", "what", "times", "first", "record"),
+        tuple(
+            (each.agent, each.what, str(each.count), _time(each.at), f"#{each.number}")
+            for agent in digest.agents
+            for each in agent.new_sources
+        ),
+        "none",
+    )
+    yield _Table(
+        "Calls of models, data and services",
+        ("agent", "calls", "tokens in", "tokens out", "cost", "unexplained actions"),
+        tuple(
+            (
+                *(each.agent, str(each.spend.calls), str(each.spend.input_tokens), str(each.spend.output_tokens)),
+                ", ".join(money(amount, currency) for currency, amount in each.spend.costs) or "-",
+                str(each.unexplained),
+            )
+            for each in digest.agents
+            if each.spend.calls or each.unexplained
         ),
         "none",
     )

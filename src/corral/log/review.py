@@ -4,10 +4,10 @@ One pass over the log from its beginning, because "new" means that nothing befor
 kept is bounded, as agents decide how much there is to keep; where a bound was reached, the digest says so in its notes.
 
 *New destinations* are those that something was let out to: allowed connections, datagrams, requests and flows that left
-the sandbox. *New binaries* are programs that were allowed to run, by path and content: one that was replaced is new
-again. *Near misses* are actions that came down to a person's answer or to the end of the sandbox. *Sessions unlike the
-rest* are compared with all sessions of the same agent up to the end of the period (:mod:`corral.log.outliers` says what
-that is worth).
+the sandbox. *New models, sources and services* are those that a broker was used for. *New binaries* are programs that
+were allowed to run, by path and content: one that was replaced is new again. *Near misses* are actions that came down
+to a person's answer or to the end of the sandbox. *Sessions unlike the rest* are compared with all sessions of the same
+agent up to the end of the period (:mod:`corral.log.outliers` says what that is worth).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from ipaddress import ip_address
 
-from corral.actions import Decision, Endpoint, Flow, Kind, Program, Request, Transport, Verdict
+from corral.actions import Decision, Endpoint, Flow, Kind, Origin, Program, Request, Transport, Used, Verdict
+from corral.actions import Ending as CallEnding
 from corral.approvals.queue import Ending
 from corral.errors import RequestError
 from corral.log.digest import (
@@ -37,6 +38,7 @@ from corral.log.items import shown_line
 from corral.log.narration import MICROSECONDS, item_of
 from corral.log.outliers import FEWEST, THRESHOLD, scores
 from corral.log.records import Record
+from corral.log.spending import Spent
 
 TOP = 20
 """Rows of a table."""
@@ -52,18 +54,22 @@ _CHANGES = 10
 _OUTWARD = frozenset({Kind.NET_CONNECT, Kind.NET_SEND, Kind.HTTP_REQUEST})
 
 
-MEASURES = ("actions", "refusals", "questions", "destinations", "binaries", "bytes out", "seconds")
+MEASURES = (
+    *("actions", "refusals", "questions", "destinations", "binaries", "bytes out", "seconds"),
+    *("tokens", "unexplained"),
+)
 
 
 class _Session:
     """Counts of one session."""
 
     __slots__ = ("actions", "agent", "binaries", "bytes", "destinations", "first", "in_period", "last", "questions",
-                 "refusals", "sequence")  # fmt: skip
+                 "refusals", "sequence", "tokens", "unexplained")  # fmt: skip
 
     def __init__(self, agent: str, at: float) -> None:
         self.agent = agent
         self.actions = self.refusals = self.questions = self.bytes = self.sequence = 0
+        self.tokens = self.unexplained = 0
         self.destinations: set[str] = set()
         self.binaries: set[str] = set()
         self.first = self.last = at
@@ -78,6 +84,8 @@ class _Session:
             len(self.binaries),
             self.bytes,
             self.last - self.first,
+            self.tokens,
+            self.unexplained,
         )
 
 
@@ -127,7 +135,8 @@ class _Reviewer:
     def __init__(self, since: float, until: float, top: int) -> None:
         self._since, self._until, self._top = since, until, top
         self._records = self._before = 0
-        self._destinations, self._binaries = _Known(top), _Known(top)
+        self._destinations, self._binaries, self._sources = _Known(top), _Known(top), _Known(top)
+        self._spent: dict[str, Spent] = {}
         self._sessions: dict[str, _Session] = {}
         self._agents: set[str] = set()
         self._verdicts: dict[str, Counter[Verdict]] = {}
@@ -166,7 +175,17 @@ class _Reviewer:
         if isinstance(event, Flow):
             session.bytes += event.bytes_up
             self._reached(agent, session, event.endpoint, number, at, is_before=is_before)
+        elif isinstance(event, Used):
+            session.tokens += event.input_tokens + event.output_tokens
+            what = f"{event.kind.value} {_short(f'{event.name} of {event.source}')}"
+            if event.kind is not Kind.MODEL_CALL:
+                what = f"{event.kind.value} {_short(event.source)}"
+            if event.ending is not CallEnding.REFUSED:
+                self._sources.use(agent, what, number, at, is_before=is_before)
+            if not is_before:
+                self._spent.setdefault(agent, Spent()).take(event)
         elif isinstance(event, Decision):
+            self._explained(agent, session, event.action.origin, event.count, is_before=is_before)
             session.actions += event.count
             session.refusals += event.count * (not event.allowed)
             session.questions += event.decider == "approvals"
@@ -176,6 +195,12 @@ class _Reviewer:
                 self._decided(agent, record.context.session, event, number, at)
         elif isinstance(event, Approval | PolicyChanged) and not is_before:
             self._by_persons(agent, shown_line(record.context.session), event, number, at)
+
+    def _explained(self, agent: str, session: _Session, origin: Origin, count: int, *, is_before: bool) -> None:
+        if origin.unexplained:
+            session.unexplained += count
+            if not is_before:
+                self._spent.setdefault(agent, Spent()).unexplained += count
 
     def _follow(self, session: _Session, number: int, record: Record, at: float, *, is_before: bool) -> None:
         """A session's records are numbered without gaps."""
@@ -281,12 +306,13 @@ class _Reviewer:
         )
 
     def _summaries(self) -> tuple[AgentSummary, ...]:
-        destinations, binaries = self._destinations.new(), self._binaries.new()
+        destinations, binaries, sources = self._destinations.new(), self._binaries.new(), self._sources.new()
         found = []
         sessions = Counter(session.agent for session in self._sessions.values() if session.in_period)
         for agent in sorted(sessions):
             verdicts = self._verdicts.get(agent, Counter())
-            new, ran = destinations.get(agent, []), binaries.get(agent, [])
+            new, ran, used = destinations.get(agent, []), binaries.get(agent, []), sources.get(agent, [])
+            spent = self._spent.get(agent, Spent())
             found.append(
                 AgentSummary(
                     agent,
@@ -297,7 +323,10 @@ class _Reviewer:
                     verdicts[Verdict.KILL],
                     tuple(new[: self._top]),
                     tuple(ran[: self._top]),
-                    max(0, len(new) - self._top) + max(0, len(ran) - self._top),
+                    tuple(used[: self._top]),
+                    sum(max(0, len(each) - self._top) for each in (new, ran, used)),
+                    spent.unexplained,
+                    spent.total(),
                 )
             )
         return tuple(found)
@@ -327,7 +356,11 @@ class _Reviewer:
         if few:
             names = ", ".join(few[: self._top]) + (", ..." if len(few) > self._top else "")
             notes.append(f"Fewer than {FEWEST} sessions, so none was compared with the others: {names}.")
-        for known, what in ((self._destinations, "destinations"), (self._binaries, "binaries")):
+        for known, what in (
+            (self._destinations, "destinations"),
+            (self._binaries, "binaries"),
+            (self._sources, "models and sources"),
+        ):
             if known.is_full:
                 notes.append(f"There were more than {MAX_KNOWN} different {what}; later ones are not listed as new.")
         if self._denials.short:

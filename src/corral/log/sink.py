@@ -1,4 +1,4 @@
-"""What one session writes to a log: its decisions, its flows, what persons answered, and its life."""
+"""What one session writes to a log: decisions, flows, calls of brokers, what persons answered, and its life."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from corral.actions import Decision, Flow, Kind
+from corral.actions import Decision, Flow, Kind, Used
 from corral.approvals.queue import Ended
 from corral.log.approval import approval_of
 from corral.log.events import Event
@@ -16,8 +16,8 @@ from corral.log.writer import Log
 
 
 class SessionLog:
-    """A sink of the monitor (:mod:`corral.monitor.records`: Sink, Ledger, Account), and the register of its questions
-    (:mod:`corral.approvals.queue`). Used from several threads."""
+    """A sink of the monitor (:mod:`corral.monitor.records`: Sink, Ledger, Account, Tally), and the register of its
+    questions (:mod:`corral.approvals.queue`). Used from several threads."""
 
     def __init__(self, log: Log, context: Context, *, unawaited: frozenset[Kind] = frozenset()) -> None:
         self._log, self._context = log, context
@@ -42,6 +42,10 @@ class SessionLog:
     def flow(self, flow: Flow) -> None:
         """Raises LogUnwritable."""
         self._submit(flow, flow.started + flow.seconds)
+
+    def used(self, used: Used) -> None:
+        """Raises LogUnwritable."""
+        self._submit(used, used.started + used.seconds)
 
     def question_ended(self, ended: Ended) -> None:
         """The decision that follows is released when this is durable too: one thread writes both. Raises

@@ -18,7 +18,7 @@ from corral.log.events import ExecStarted, PayloadKept
 from corral.log.items import Item, ItemKind, make_item
 from corral.log.payload_keys import PayloadError
 from corral.log.payloads import Payloads
-from corral.log.timeline import Timeline
+from corral.log.timeline import Marked
 
 TOGETHER = 0.25
 """Seconds; what is written within that of what came before is one item with it."""
@@ -31,7 +31,7 @@ MAX_PIECES = 50_000
 class WithTerminal(Sequence[Item]):
     """The items of a time line, and of what the session's commands wrote. Reading one raises as there."""
 
-    def __init__(self, line: Timeline, payloads: Payloads) -> None:
+    def __init__(self, line: Marked, payloads: Payloads) -> None:
         """Raises NoteError or LogDamaged."""
         self._line = line
         self.unread = 0

@@ -30,8 +30,8 @@ _MAX_NUMBER = 2**53
 _FIELDS = (
     rb'[^}]*\}[^}]*"sequence":(\d{1,16}),.*"unmapped":\{"corral":\{"at":(\d{1,16}),.*"monotonic":(\d{1,16})\}\}\}\Z'
 )
-_MARKS = (b'"event":"exec.started"', b'"event":"log.payload_kept"')
-"""What stands in entries that tell when commands began, and that what they wrote was kept."""
+_MARKS = (b'"event":"exec.started"', b'"event":"log.payload_kept"', b'"event":"used"')
+"""What stands in entries that tell when commands began, that something was kept, and what brokers were used for."""
 _ANOTHER_BOOT = MICROSECONDS
 """Microseconds by which the clock that nobody sets must have gone back to be another one: records of several threads
 may be written in another order than they were timed."""
@@ -42,6 +42,21 @@ class Entries(Protocol):
 
     def entries(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes]]:
         """Entries with their numbers."""
+
+
+class Marked(Protocol):
+    """A time line, or one that says more of its items."""
+
+    @property
+    def offsets(self) -> array[float]:
+        """Of each item, in seconds since the session began; never less than that of the item before."""
+
+    def marked(self) -> Iterator[tuple[int, float, Record]]:
+        """The records that tell of something that is to be looked for elsewhere."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int, /) -> Item: ...
 
 
 class Timeline(Sequence[Item]):
@@ -134,7 +149,8 @@ class Timeline(Sequence[Item]):
         return entries[number]
 
     def marked(self) -> Iterator[tuple[int, float, Record]]:
-        """The records of commands that began and of contents that were kept, with their numbers and offsets."""
+        """The records of commands that began, of contents that were kept and of calls of brokers, with their numbers
+        and offsets."""
         for position in self._marked:
             record = read_record(self._entry(self._numbers[position]))
             if record is not None:

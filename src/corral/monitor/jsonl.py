@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from corral.actions import Action, Decision, Flow, Kind, Origin, Subject, Verdict
+from corral.actions import Action, Decision, Flow, Kind, Origin, Subject, Used, Verdict
 from corral.diskspace import spare_bytes
 from corral.errors import CorralError, RequestError
 from corral.monitor.plain import WHOLE, from_plain, refuse, subject_type, to_plain, unique
@@ -26,6 +26,8 @@ from corral.monitor.plain import WHOLE, from_plain, refuse, subject_type, to_pla
 VERSION = 4
 FLOW = "flow"
 """The ``kind`` of lines that are no decisions, but accounts of connections that are over."""
+USED = "used"
+"""The same of calls of brokers."""
 MAX_LINE = 2 * 1024 * 1024
 """Bytes of a line, its end included."""
 MAX_FILE = 1 << 30
@@ -75,6 +77,10 @@ class JsonLines:
     def flow(self, flow: Flow) -> None:
         """As :class:`corral.monitor.records.Account`. Raises RecordFull, or OSError where it cannot be written."""
         self._write(encode_flow(flow))
+
+    def used(self, used: Used) -> None:
+        """As :class:`corral.monitor.records.Tally`. Raises RecordFull, or OSError where it cannot be written."""
+        self._write(encode_used(used))
 
     def _write(self, line: bytes) -> None:
         with self._lock:
@@ -132,6 +138,13 @@ def encode_flow(flow: Flow) -> bytes:
     return json.dumps(values, separators=(",", ":"), allow_nan=False).encode("ascii") + b"\n"
 
 
+def encode_used(used: Used) -> bytes:
+    """The line of a call of a broker: its fields but its kind, which is ``of``, and ``kind`` ``used``."""
+    plain, whole = to_plain(used)
+    values = {"version": VERSION, "kind": USED, "of": plain.pop("kind"), **plain, "cut": [] if whole else [USED]}
+    return json.dumps(values, separators=(",", ":"), allow_nan=False).encode("ascii") + b"\n"
+
+
 # ---- reading ----
 
 
@@ -150,7 +163,7 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:
                 try:
                     if number > MAX_RECORDS:
                         raise ValueError(f"more than {MAX_RECORDS} records")
-                    if is_flow(line):
+                    if is_account(line):
                         continue
                     record = Record(number, *decode(line))
                 except (ValueError, RecursionError) as error:
@@ -172,9 +185,9 @@ def flow_of(values: object) -> Flow:
     return flow
 
 
-def is_flow(line: bytes) -> bool:
-    """Whether a line is the account of a flow; what else it is, :func:`decode` says."""
-    return line.startswith(b'{"version":%d,"kind":"%s",' % (VERSION, FLOW.encode()))
+def is_account(line: bytes) -> bool:
+    """Whether a line is the account of a flow or a call of a broker; what else it is, :func:`decode` says."""
+    return line.startswith(tuple(b'{"version":%d,"kind":"%s",' % (VERSION, word.encode()) for word in (FLOW, USED)))
 
 
 def decode(line: bytes) -> tuple[Decision, frozenset[str]]:

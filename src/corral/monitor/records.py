@@ -82,8 +82,9 @@ class Keeper(Protocol):
     def keeps(self, content: Content) -> int:
         """How many bytes of one such content are kept; 0 where none is. More need not be collected."""
 
-    def keep(self, origin: Origin, content: Content, data: bytes, is_whole: bool, about: str) -> None:
-        """``about`` says what it is: the model, the source. Never waits for the disk, and never raises."""
+    def keep(self, origin: Origin, content: Content, data: bytes, is_whole: bool, about: str, call: int = 0) -> None:
+        """``about`` says what it is: the model, the source; ``call`` is the number of the call (``Used.call``). Never
+        waits for the disk, and never raises."""
 
 
 class Glance(Protocol):

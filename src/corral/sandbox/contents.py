@@ -2,7 +2,7 @@
 
 A thread of its own compresses and writes, since the disk may take its time. What commands write is never lost to that:
 who starts more of them waits. First bytes of refused connections come as often as an agent likes, so they are bounded,
-and what is beyond is counted.
+and what is beyond is counted. So is what brokers say of calls for which the disk is too slow: they do not wait.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from weakref import WeakSet
 
@@ -20,14 +21,23 @@ from corral.log.asciicast import COLUMNS, ROWS, Tape
 from corral.log.events import PayloadKept, PayloadLost
 from corral.log.payload_keys import PayloadError
 from corral.log.payloads import Payloads
+from corral.log.repeated import Repeated
 from corral.log.sink import SessionLog
 from corral.monitor.records import unwritable
 from corral.policy.model import Log
 
 MAX_REFUSED = 256
 """Refused connections of one session whose first bytes are kept."""
+MAX_CALLS = 64 << 20
+"""Bytes of prompts, answers and queries that wait for the disk; what is more is not kept."""
 MAX_WAITING = 64 << 20
 """Bytes that wait for the disk before whoever starts more commands waits too. Each that runs may add ``keep_bytes``."""
+MAX_ABOUT = 200
+"""Characters of what such a content is said to be."""
+_OF_CALLS = (Content.PROMPT, Content.RESPONSE, Content.QUERY)
+_WHY = {
+    Content.REFUSED_FLOW: f"more than {MAX_REFUSED} connections of this session were refused, or many at once",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +47,16 @@ class _Piece:
     data: bytes
     is_whole: bool
     about: str
+    call: int = 0
+
+
+def _weight(piece: _Piece) -> int:
+    """About how many bytes of memory it takes."""
+    return len(piece.data) + 1024
 
 
 class Contents:
-    """Keeps them for one session."""
+    """Keeps them for one session (:mod:`corral.monitor.records`: Glance, Keeper)."""
 
     def __init__(self, session: SessionLog, payloads: Payloads, policy: Log, origin: Origin) -> None:
         """``origin`` is the session's. Call :meth:`close` when all is over."""
@@ -52,7 +68,11 @@ class Contents:
         self._closing = threading.Lock()
         self._room = threading.Condition(self._lock)
         self._waiting = 0
-        self._refused = self._lost = 0
+        self._calls = 0
+        """Bytes of calls among those that wait."""
+        self._refused = 0
+        self._lost: Counter[Content] = Counter()
+        self._repeated = Repeated()  # of the thread
         self._tapes: WeakSet[Tape] = WeakSet()
         self._closed = False
         self._failure = ""
@@ -106,7 +126,24 @@ class Contents:
                 self._put(_Piece(origin, Content.REFUSED_FLOW, data, len(data) == len(first), about))
                 self._refused += 1
             else:
-                self._lost += 1
+                self._lost[Content.REFUSED_FLOW] += 1
+
+    def keeps(self, content: Content) -> int:
+        """As :class:`corral.monitor.records.Keeper`."""
+        return self._policy.keep_bytes if content in self._keep else 0
+
+    def keep(self, origin: Origin, content: Content, data: bytes, is_whole: bool, about: str, call: int = 0) -> None:
+        """As :class:`corral.monitor.records.Keeper`."""
+        if content not in self._keep:
+            return
+        kept = data[: self._policy.keep_bytes]
+        piece = _Piece(origin, content, kept, is_whole and len(kept) == len(data), about[:MAX_ABOUT], call)
+        with self._lock:
+            if self._closed or self._calls + _weight(piece) > MAX_CALLS:
+                self._lost[content] += 1
+                return
+            self._calls += _weight(piece)
+            self._pieces.put(piece)
 
     def close(self, patch: Callable[[], bytes] | None = None) -> None:
         """Returns when all is kept, and that it is, or that it was lost, is recorded for good. May be called again, and
@@ -147,26 +184,39 @@ class Contents:
             except Exception as error:
                 self._fail(piece.content, error)
             with self._room:
-                self._waiting -= len(piece.data)
+                if piece.content in _OF_CALLS:
+                    self._calls -= _weight(piece)
+                else:
+                    self._waiting -= len(piece.data)
                 self._room.notify_all()
-        with self._lock:
-            lost = self._lost
-        if lost:
-            why = f"more than {MAX_REFUSED} connections of this session were refused, or many at once"
-            self._record(PayloadLost(Content.REFUSED_FLOW, lost, why))
+            self._tell_lost(_OF_CALLS)
+        self._tell_lost(Content)
         safe: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._session.when_safe(safe.put)
         problem = safe.get()
         if problem is not None:
             self._failure = self._failure or unwritable(problem)
 
+    def _tell_lost(self, contents: Iterable[Content]) -> None:
+        with self._lock:
+            lost = [(content, self._lost.pop(content)) for content in contents if self._lost[content]]
+        for content, count in lost:
+            self._record(PayloadLost(content, count, _WHY.get(content, "more of it came than the disk could take")))
+
     def _write(self, piece: _Piece) -> None:
-        expires = int(time.time() + self._keep[piece.content])
-        kept = self._payloads.keep(piece.content, piece.data, expires=expires)
-        size = len(piece.data)
+        now, seconds = time.time(), self._keep[piece.content]
+        data, shared, expires = piece.data, None, int(now + seconds)
+        if piece.content is Content.PROMPT:
+            shared, expires = self._repeated.plan(data, now, seconds)
+            if shared is not None:
+                data = data[shared.prefix : len(data) - shared.suffix]
+        kept = self._payloads.keep(piece.content, data, expires=expires, shared=shared)
+        if piece.content is Content.PROMPT:
+            self._repeated.remember(kept.digest, piece.data, shared, expires)
         self._session.record(
             PayloadKept(
-                piece.origin, piece.content, kept.digest, size, piece.is_whole, piece.about, expires, kept.encrypted
+                *(piece.origin, piece.content, kept.digest, len(data), piece.is_whole, piece.about),
+                *(expires, kept.encrypted, piece.call),
             )
         )
 

@@ -5,8 +5,11 @@
   const PRINTED = 20000;
   const LONGEST_WAIT = 5000; // milliseconds
   const data = JSON.parse(document.getElementById("data").textContent);
-  const items = data.items.map(([number, kind, at, offset, step, verdict, line, details]) => ({
+  const items = data.items.map((
+    [number, kind, at, offset, step, verdict, line, details, tool, unexplained, conversation, depth],
+  ) => ({
     number, kind: data.kinds[kind], at, offset, step, verdict: data.verdicts[verdict], line, details,
+    tool, unexplained: unexplained === 1, conversation, depth,
   }));
   const byId = (id) => document.getElementById(id);
   const list = byId("items"), seek = byId("seek"), status = byId("status"), play = byId("play");
@@ -32,7 +35,7 @@
   }
 
   function row(item, index) {
-    const entry = element("li"), box = element("details"), head = element("summary");
+    const entry = element("li", `depth${item.depth}${item.unexplained ? " unexplained" : ""}`), box = element("details"), head = element("summary");
     const when = element("time", "when", clock(item.offset));
     when.dateTime = when.title = wall(item.at);
     head.append(
@@ -42,6 +45,9 @@
       element("span", item.verdict || "none", item.verdict || ""),
       element("bdi", "", item.line),
     );
+    if (item.conversation && item.depth && item.step) {
+      head.append(element("span", "step", `step ${item.step}${item.tool ? `, ${item.tool}` : ""}`));
+    }
     box.append(head);
     box.addEventListener("toggle", () => {
       if (box.open && box.childElementCount === 1) box.append(details(item));
@@ -53,7 +59,8 @@
 
   function details(item) {
     const found = element("dl");
-    const facts = [["time", wall(item.at)], ["step", item.step ? String(item.step) : ""], ...item.details];
+    const facts = [["time", wall(item.at)], ["step", item.step ? String(item.step) : ""],
+      ["conversation", item.conversation], ...item.details];
     for (const [name, text] of facts) {
       if (!text) continue;
       const value = element("dd");
@@ -101,8 +108,10 @@
     const current = state.found[state.at];
     const on = (name) => new Set([...document.querySelectorAll(`input[name="${name}"]:checked`)].map((box) => box.value));
     const kinds = on("kind"), verdicts = on("verdict"), text = byId("search").value.toLocaleLowerCase();
+    const only = byId("unexplained").checked;
     const has = (part) => part.toLocaleLowerCase().includes(text);
     state.found = items.filter((item) => kinds.has(item.kind) && verdicts.has(item.verdict || "none")
+      && (!only || item.unexplained)
       && (!text || has(item.line) || item.details.some((detail) => has(detail[1]))));
     const next = current ? state.found.findIndex((item) => item.number >= current.number) : 0;
     state.at = next < 0 ? Math.max(0, state.found.length - 1) : next;
@@ -149,9 +158,12 @@
     stop();
     const said = byId("go").value.trim();
     const number = /^#?(\d+)$/.exec(said), of = /^step\s+(\d+)$/i.exec(said);
+    const tool = /^tool\s+(\S+)$/i.exec(said);
     const time = /^(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)$/.exec(said), seconds = /^(\d+(?:\.\d+)?)s$/i.exec(said);
     let is = null;
     if (number) is = (item) => item.number >= Number(number[1]);
+    else if (tool) is = (item) => item.tool === tool[1];
+    else if (/^unexplained$/i.test(said)) is = (item, index) => item.unexplained && index > state.at;
     else if (of) is = (item) => item.step === Number(of[1]);
     else if (seconds) is = (item) => item.offset >= Number(seconds[1]);
     else if (time) {
@@ -163,6 +175,13 @@
     else status.textContent = "there is no such place among what is shown";
   }
 
+  for (const button of document.querySelectorAll("button.place")) {
+    button.addEventListener("click", () => {
+      stop();
+      const found = state.found.findIndex((item) => item.number >= Number(button.dataset.number));
+      if (found >= 0) choose(found);
+    });
+  }
   byId("filter").addEventListener("submit", (event) => event.preventDefault());
   for (const box of document.querySelectorAll('input[type="checkbox"]')) box.addEventListener("change", filter);
   byId("search").addEventListener("input", filter);

@@ -1,0 +1,220 @@
+"""What was said to models in one session, as a tree: conversations, those that a tool call of another began, the
+calls of each, the tool calls that their answers asked for, and what was done for each of these.
+
+An answer's actions are those of the step that it opened. All of it is made of records, in one pass, and bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from corral.actions import Decision, Kind, ToolCall, Used
+from corral.log.digest import Spend
+from corral.log.items import shown_line
+from corral.log.narration import money
+from corral.log.records import Record
+from corral.log.spending import Spent
+
+MAX_CONVERSATIONS = 1000
+MAX_CALLS = 20_000
+"""Of all conversations."""
+MAX_TOOLS = 64
+"""Tool calls of one answer that are told apart."""
+MAX_DEPTH = 8
+"""Deeper conversations are shown as deep."""
+MAX_UNEXPLAINED = 1000
+"""Records of which no answer explains the action, whose numbers are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """What was done for one tool call of an answer; the one without an id is what no tool call could be named for."""
+
+    id: str
+    name: str
+    actions: int
+    refused: int
+    first: int
+    """The number of the first record of it; meaningless where there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a model."""
+
+    number: int
+    """Of its record."""
+    model: str
+    opened: int
+    """The step that its answer opened; 0 where it asked for nothing."""
+    words: str
+    """What is said of it, in one line."""
+    tools: tuple[ToolUse, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One conversation, which is told from others by how it began. All texts are printable."""
+
+    id: str
+    parent: str
+    depth: int
+    calls: tuple[Call, ...]
+    spend: Spend
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """All of them, each behind the one that began it."""
+
+    conversations: tuple[Conversation, ...]
+    steps: dict[int, tuple[str, int]]
+    """Steps with their conversation and how deep that is."""
+    names: dict[tuple[int, str], str]
+    """Names of tools by step and tool call."""
+    unexplained: int
+    """Actions that no answer explains."""
+    places: tuple[int, ...]
+    """Records of the first of them."""
+    left_out: int
+    """Calls that are in no conversation here, because there were too many."""
+
+
+class _Step:
+    """What the answer of one call had done."""
+
+    def __init__(self, tools: tuple[ToolCall, ...]) -> None:
+        self.tools = {each.id: each.name for each in tools[:MAX_TOOLS]}
+        self.counts: dict[str, list[int]] = {}
+        """By tool call: actions, refusals, first record."""
+
+    def did(self, tool: str, number: int, decision: Decision) -> None:
+        known = tool if tool in self.tools else ""
+        counts = self.counts.setdefault(known, [0, 0, number])
+        counts[0] += decision.count
+        counts[1] += decision.count * (not decision.allowed)
+
+    def uses(self) -> tuple[ToolUse, ...]:
+        ids = [*self.tools, *([""] if "" in self.counts and "" not in self.tools else [])]
+        return tuple(
+            ToolUse(shown_line(id_), shown_line(self.tools.get(id_, "")), *self.counts.get(id_, (0, 0, 0)))
+            for id_ in ids
+        )
+
+
+class _Growing:
+    """A conversation that is being read."""
+
+    def __init__(self, parent: str, depth: int) -> None:
+        self.parent, self.depth = parent, depth
+        self.calls: list[tuple[int, Used, _Step]] = []
+        self.children: list[str] = []
+        self.spent = Spent()
+
+
+def read_tree(records: Iterable[tuple[int, Record]]) -> Tree:
+    """The tree of the records of one session, in their order. Raises what taking a record raises."""
+    found: dict[str, _Growing] = {}
+    roots: list[str] = []
+    steps: dict[int, _Step] = {}
+    of_step: dict[int, str] = {}
+    unexplained = left_out = calls = 0
+    places: list[int] = []
+    for number, record in records:
+        event = record.event
+        if isinstance(event, Decision):
+            origin = event.action.origin
+            if origin.unexplained:
+                unexplained += event.count
+                if len(places) < MAX_UNEXPLAINED:
+                    places.append(number)
+            # Asking a model is how a step ends, not what it is for.
+            elif origin.step in steps and event.action.kind is not Kind.MODEL_CALL:
+                steps[origin.step].did(origin.tool, number, event)
+        elif isinstance(event, Used) and event.kind is Kind.MODEL_CALL:
+            growing = found.get(event.conversation)
+            if calls >= MAX_CALLS or (growing is None and len(found) >= MAX_CONVERSATIONS):
+                left_out += 1
+                continue
+            calls += 1
+            if growing is None:
+                # A parent must have been there before: so there is no circle, whatever records say.
+                parent = event.parent if event.parent in found else ""
+                depth = min(found[parent].depth + 1, MAX_DEPTH) if parent else 0
+                growing = found[event.conversation] = _Growing(event.parent, depth)
+                (found[parent].children if parent else roots).append(event.conversation)
+            step = _Step(event.tools)
+            growing.calls.append((number, _without_texts(event), step))
+            growing.spent.take(event)
+            if event.opened:
+                steps[event.opened], of_step[event.opened] = step, event.conversation
+    return Tree(
+        tuple(_conversation(name, found[name]) for name in _in_order(roots, found)),
+        {step: (shown_line(name, 80), found[name].depth) for step, name in of_step.items()},
+        {
+            (number, shown_line(id_)): shown_line(name, 60)
+            for number, step in steps.items()
+            for id_, name in step.tools.items()
+        },
+        unexplained,
+        tuple(places),
+        left_out,
+    )
+
+
+def _without_texts(used: Used) -> Used:
+    """What is kept of it here: its tool calls are in the step."""
+    return replace(used, tools=(), personal=())
+
+
+def _in_order(roots: list[str], found: dict[str, _Growing]) -> Iterator[str]:
+    waiting = list(reversed(roots))
+    while waiting:
+        name = waiting.pop()
+        yield name
+        waiting += reversed(found[name].children)
+
+
+def _conversation(name: str, growing: _Growing) -> Conversation:
+    calls = tuple(
+        Call(number, shown_line(used.name, 80), used.opened, shown_line(_words(used)), step.uses())
+        for number, used, step in growing.calls
+    )
+    return Conversation(
+        shown_line(name, 80), shown_line(growing.parent, 80), growing.depth, calls, growing.spent.total()
+    )
+
+
+def _words(used: Used) -> str:
+    cost = f", {money(used.cost, used.currency)}" if used.cost else ""
+    ended = f", {used.ending.value}" if used.ending.value != "answered" else ""
+    return f"{used.name}: {used.input_tokens} tokens in, {used.output_tokens} out{cost}, {used.seconds:.1f} s{ended}"
+
+
+def tree_lines(tree: Tree) -> Iterator[str]:
+    """The tree as printable lines."""
+    for each in tree.conversations:
+        margin = "  " * each.depth
+        costs = "".join(f", {money(amount, currency)}" for currency, amount in each.spend.costs)
+        begun = f", begun by {each.parent}" if each.parent else ""
+        tokens = f"{each.spend.input_tokens} tokens in, {each.spend.output_tokens} out"
+        yield f"{margin}conversation {each.id or 'without a name'}{begun}: {each.spend.calls} calls, {tokens}{costs}"
+        for call in each.calls:
+            opens = f", opens step {call.opened}" if call.opened else ""
+            yield f"{margin}  #{call.number} {call.words}{opens}"
+            for use in call.tools:
+                yield f"{margin}    {use_words(use)}"
+    if tree.unexplained:
+        numbers = " ".join(f"#{number}" for number in tree.places[:20])
+        more = " ..." if len(tree.places) > 20 else ""
+        yield f"unexplained: {tree.unexplained} actions ({numbers}{more})"
+    if tree.left_out:
+        yield f"{tree.left_out} more calls are not shown: there were too many"
+
+
+def use_words(use: ToolUse) -> str:
+    """One line about what was done for a tool call."""
+    name = f"{use.name} {use.id}".strip() if use.id or use.name else "without a tool call that is known"
+    refused = f", {use.refused} refused" if use.refused else ""
+    return f"{name}: {use.actions} actions{refused}{f', from #{use.first}' if use.actions else ''}"
