@@ -29,6 +29,7 @@ Examples:
   corral pending; corral approve ID          what is held until you answer; your answer
   corral run --log records -- ./agent        keep what happens where nobody changes it
   corral replay --log records                what happened, as it happened
+  corral usage --by agent --since 7d         what models and data were used, and what that cost
   corral ps; corral exec ID -- ps aux        look into a sandbox that runs elsewhere
   corral doctor                              what this machine offers and what is missing
 """
@@ -500,6 +501,28 @@ def _unpin(layers: Annotated[list[str], typer.Argument(metavar="ID", help="Kept 
     from corral.cli.area import pin_all
 
     pin_all(layers, on=False)
+
+
+@app.command("usage")
+@guarded
+def _usage(
+    by: Annotated[
+        str, typer.Option("--by", metavar="WHAT", help="session, agent, source, model (or operation), or day.")
+    ] = "session",
+    since: Annotated[
+        str | None, typer.Option("--since", metavar="TIME", help="Such as 7d, 12h, or 2026-01-31T08:00.")
+    ] = None,
+    session: Annotated[str | None, typer.Option("--session", metavar="ID", help="Only of this session.")] = None,
+    agent: Annotated[str | None, typer.Option("--agent", metavar="NAME", help="Only of this agent.")] = None,
+    log: Annotated[
+        str | None, typer.Option("--log", metavar="DIR", help="Add up the records of this log instead of the meter's.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what was used through the brokers: models, data, services, with what it cost. Live sessions count."""
+    from corral.cli.usage import show_usage
+
+    show_usage(by=by, since=since, session=session, agent=agent, log=log, as_json=as_json)
 
 
 policy_commands = typer.Typer(
