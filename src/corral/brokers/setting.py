@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from corral.actions import Action, Decision, Kind, Opinion, Origin, Subject, Used
+from corral.brokers.budgets import AgentLedger
 from corral.brokers.http import Answering, Request
 from corral.monitor.core import Monitor
 from corral.monitor.records import Keeper, Tally, unwritable
@@ -30,6 +31,8 @@ class Setting:
     """Ends the sandbox. From any thread."""
     state: str
     """The directory of Corral's own state, where usage is counted."""
+    ledger: AgentLedger | None = None
+    """What all sessions of the agent have used, where the policy bounds that."""
 
     async def decide(self, kind: Kind, subject: Subject, origin: Origin, *, own: Opinion | None = None) -> Decision:
         """Has the monitor decide; what is asked of a person is waited for. Who is cancelled withdraws."""

@@ -1,0 +1,87 @@
+"""The account of one call while it goes on, and what it comes to in the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from corral.actions import Ending, Kind, Origin, ToolCall, Used
+from corral.brokers.model.asking import Asked
+from corral.brokers.model.turns import tokens_of
+from corral.brokers.prices import Prices
+from corral.modelapi.answer import Answer
+
+
+class CallAccount:
+    """Of one call. Whoever ends it says how before :meth:`used`."""
+
+    def __init__(self, origin: Origin, asked: Asked, estimate: int) -> None:
+        """``estimate`` is how many tokens of input it may take."""
+        self.origin = origin
+        self._asked, self._estimate = asked, estimate
+        self._started, self._clock = time.time(), time.monotonic()
+        self.ending, self.reason = Ending.ABANDONED, "its client is gone"
+        self.rule = self.upstream = self.conversation = self.parent = ""
+        self.status = 0
+        self.first = 0.0
+        self.bytes_up = self.bytes_down = 0
+        self.was_sent = False
+        """An upstream may have worked on it."""
+        self.is_model_answer = False
+        """What has begun is the answer of a model, and not an error."""
+        self.answer: Answer | None = None
+        self.opened = 0
+        self.tools: Sequence[ToolCall] = ()
+
+    def ended(self, ending: Ending, reason: str = "") -> None:
+        self.ending, self.reason = ending, reason
+
+    def began(self, status: int) -> None:
+        """The answer has."""
+        self.status, self.first = status, time.monotonic() - self._clock
+
+    def used(self, prices: Prices) -> Used:
+        """What it came to. Where the upstream has not said it, estimates."""
+        answer = self.answer or Answer()
+        taken, given, is_estimated = self._tokens(answer)
+        cached, written = answer.cached_tokens, answer.written_tokens
+        cost = prices.cost(self._asked.model, taken, given, cached, written)
+        return Used(
+            self.origin,
+            Kind.MODEL_CALL,
+            self.upstream,
+            self._asked.model,
+            self.rule,
+            self._started,
+            time.monotonic() - self._clock,
+            self.ending,
+            first=self.first,
+            status=self.status,
+            reason=self.reason,
+            input_tokens=taken,
+            output_tokens=given,
+            cached_tokens=cached,
+            written_tokens=written,
+            cost=cost or 0,
+            currency="" if cost is None else prices.currency,
+            bytes_up=self.bytes_up,
+            bytes_down=self.bytes_down,
+            opened=self.opened,
+            conversation=self.conversation,
+            parent=self.parent,
+            tools=tuple(answer.tools),
+            finish=answer.finish,
+            estimated=is_estimated,
+        )
+
+    def _tokens(self, answer: Answer) -> tuple[int, int, bool]:
+        if answer.has_usage and answer.complete:
+            return answer.input_tokens, answer.output_tokens, False
+        if self.status and not self.is_model_answer:
+            return 0, 0, False  # an error costs nothing
+        if not self.was_sent:
+            return 0, 0, False
+        # What broke off was made nevertheless, up to there at least; counts that stand before it are of its beginning.
+        said = len(answer.text) + len(answer.thinking) + sum(len(tool.arguments) for tool in answer.tools)
+        taken = answer.input_tokens if answer.has_usage and answer.input_tokens else self._estimate
+        return taken, max(answer.output_tokens, tokens_of(said)), True

@@ -1,0 +1,187 @@
+"""What is said in a request: its turns by their digests, its first words, and what tools have given back.
+
+Clients send all of a conversation with each request, and change how they write what they have sent before: a text is a
+string first and a list of one part later, marks for the upstream's cache move on. A digest looks through that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from corral.brokers.model.asking import Asked, Unclear
+from corral.modelapi.answer import Api, as_list, as_object
+
+ATTACHMENT = 1600
+"""Tokens that an image, a document or a sound in a request is taken for."""
+BYTES_PER_TOKEN = 4
+"""Of JSON in UTF-8, in which English text and code are. A rule of thumb: upstreams count for themselves."""
+_DEPTH = 4
+"""Of content in content: a tool's result holds blocks, and a document blocks of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """What a tool has given back, to be read by a model."""
+
+    id: str
+    """Of the tool call."""
+    texts: tuple[str, ...]
+    turn: bytes
+    """The digest of the turn that holds it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """What a request says."""
+
+    beginning: bytes
+    """Digest of what comes before all turns: instructions to the model."""
+    turns: tuple[bytes, ...]
+    """A digest of each."""
+    first: int
+    """How many turns the beginning of the conversation has: up to the first that is no instruction."""
+    prompts: tuple[str, ...]
+    """The texts of that one."""
+    results: tuple[ToolResult, ...]
+    answered: tuple[str, ...]
+    """Ids of the tool calls whose results come after all that the model has said."""
+    tokens: int
+    """An estimate of what it takes of input."""
+
+
+def talk_of(asked: Asked) -> Talk:
+    """Raises Unclear."""
+    values = asked.values
+    if asked.api is Api.RESPONSES:
+        given = values.get("input")
+        turns = [{"role": "user", "content": given}] if type(given) is str else as_list(given)
+        instructions = values.get("instructions")
+    else:
+        turns, instructions = values["messages"], values.get("system")
+    digests = [_digest(turn) for turn in turns]
+    first = next((at for at, turn in enumerate(turns) if not _is_instruction(turn)), len(turns) - 1) + 1
+    results = [result for turn, digest in zip(turns, digests, strict=True) for result in _results(turn, digest)]
+    last = max((at for at, turn in enumerate(turns) if _is_models(turn)), default=-1)
+    latest = [result.id for turn in turns[last + 1 :] for result in _results(turn, b"")]
+    return Talk(
+        _digest({"content": instructions}),
+        tuple(digests),
+        first,
+        tuple(_texts(turns[first - 1].get("content"))) if turns else (),
+        tuple(results),
+        tuple(filter(None, latest)),
+        _estimate(asked.body, turns),
+    )
+
+
+def _is_instruction(turn: dict[str, Any]) -> bool:
+    return turn.get("role") in ("system", "developer")
+
+
+def _is_models(turn: dict[str, Any]) -> bool:
+    """Whether a model has said it."""
+    if turn.get("role") == "assistant":
+        return True
+    kind = turn.get("type")
+    return type(kind) is str and (kind == "reasoning" or kind.endswith("_call"))
+
+
+# ---- digests ----
+
+
+def _digest(turn: dict[str, Any]) -> bytes:
+    plain = {name: value for name, value in turn.items() if name != "cache_control"}
+    for name in ("content", "output"):
+        if name in plain:
+            plain[name] = _plain(plain[name], _DEPTH)
+    try:
+        return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).digest()
+    except RecursionError:
+        raise Unclear("The body is nested too deeply.") from None
+
+
+def _plain(content: Any, depth: int) -> Any:
+    if type(content) is str:
+        return [{"type": "text", "text": content}]
+    if type(content) is not list or not depth:
+        return content
+    plain = []
+    for block in content:
+        if type(block) is dict:
+            block = {name: value for name, value in block.items() if name != "cache_control"}
+            if "content" in block:
+                block["content"] = _plain(block["content"], depth - 1)
+        plain.append(block)
+    return plain
+
+
+# ---- what tools have given back ----
+
+
+def _results(turn: dict[str, Any], digest: bytes) -> Iterator[ToolResult]:
+    kind = turn.get("type")
+    if turn.get("role") in ("tool", "function"):
+        yield ToolResult(_id(turn, "tool_call_id", "name"), tuple(_texts(turn.get("content"))), digest)
+    elif type(kind) is str and kind.endswith("_output"):  # of the Responses API: function_call_output and its kind
+        yield ToolResult(_id(turn, "call_id", "id"), tuple(_texts(turn.get("output"))), digest)
+    elif type(content := turn.get("content")) is list:
+        for block in content:
+            kind = as_object(block).get("type")
+            if kind == "tool_result":
+                yield ToolResult(_id(block, "tool_use_id", ""), tuple(_texts(block.get("content"))), digest)
+
+
+def _id(turn: dict[str, Any], *names: str) -> str:
+    return next((value for name in names if type(value := turn.get(name)) is str), "")
+
+
+def _texts(content: Any) -> Iterator[str]:
+    """All texts in content, however deep."""
+    stack = [content]
+    while stack:
+        value = stack.pop()
+        if type(value) is str:
+            yield value
+        elif type(value) is list:
+            stack.extend(reversed(value))
+        elif type(value) is dict:
+            # The bytes of attachments are no text; whatever else there is may be read by a model.
+            stack.extend(
+                each
+                for name, each in reversed(value.items())
+                if name not in ("type", "cache_control", "id", "media_type") and not _is_attachment(name, each)
+            )
+
+
+def _is_attachment(name: str, value: Any) -> bool:
+    return type(value) is str and ((name in ("data", "file_data") and len(value) > 256) or value.startswith("data:"))
+
+
+# ---- an estimate ----
+
+
+def _estimate(body: bytes, turns: list[Any]) -> int:
+    size, count = len(body), 0
+    for turn in turns:
+        content = turn.get("content") if "content" in turn else turn.get("output")
+        stack = list(content) if type(content) is list else []
+        while stack:
+            value = stack.pop()
+            if type(value) is list:
+                stack.extend(value)
+            elif type(value) is dict:
+                for name, each in value.items():
+                    if _is_attachment(name, each):
+                        size, count = size - len(each), count + 1
+                    elif type(each) is not str:
+                        stack.append(each)
+    return max(0, size) // BYTES_PER_TOKEN + count * ATTACHMENT
+
+
+def tokens_of(text_length: int) -> int:
+    """An estimate of the tokens of a text, by its length in characters; none only where there is none."""
+    return -(-text_length // BYTES_PER_TOKEN)
