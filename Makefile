@@ -23,6 +23,8 @@ CORE_PACKAGES := gcc libc6-dev make python3-venv git openssh-client
 TEST_PACKAGES := $(CORE_PACKAGES) acl bubblewrap chromium-headless-shell curl dbus-bin dbus-daemon dnsutils gdb golang-go \
   golang-golang-x-mod-dev iodine iproute2 iputils-ping less libcap2-bin libseccomp2 ncat netcat-openbsd nftables nmap \
   nodejs openssh-server perl procps python3-pip socat softhsm2 sqlite3 strace tmux uidmap vim xz-utils
+# Debian's npm is 300 packages, and does not go with a Node.js of another origin, which brings its own.
+TEST_PACKAGES += $(if $(shell command -v npm),,npm)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -67,7 +69,7 @@ demo: build/installed.stamp build/demo.stamp ## an unmodified agent works in a s
 	@$(BIN)/python examples/demo/demo.py --corral $(abspath $(BIN)/corral) --agent $(abspath build/demo-venv/bin/mini)
 
 .PHONY: test
-test: test-packages build/installed.stamp build/demo.stamp build/dev.stamp $(ASAN_LAUNCHER) ## lint, sanitizers, all tests
+test: test-packages build/installed.stamp build/demo.stamp build/agents.stamp build/dev.stamp $(ASAN_LAUNCHER) ## lint, sanitizers, all tests
 	@export CORRAL_ASAN_LAUNCHER=$(abspath $(ASAN_LAUNCHER)); \
 	if [ "$$(id -u)" != 0 ]; then $(MAKE) lint sanitize; exec $(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS); fi; \
 	status=0; set -m; \
@@ -174,6 +176,15 @@ build/demo.stamp: examples/demo/requirements.txt | build/venv.stamp
 	$(BIN)/python -m venv --clear build/demo-venv; \
 	build/demo-venv/bin/python -m pip --disable-pip-version-check -qq install -r $<
 	@touch $@
+
+# Pinned by hash in the lock file. Their optional parts (pictures) and what they would run at installation are left out.
+build/agents.stamp: tests/agents/package.json tests/agents/package-lock.json | test-packages
+	@if ! command -v npm >/dev/null; then echo 'note: no npm: tests with its agents are skipped'; exit 0; fi; \
+	umask 022; echo '== build/agents'; rm -rf build/agents; mkdir -p build/agents; \
+	cp tests/agents/package.json tests/agents/package-lock.json build/agents; \
+	npm ci --prefix build/agents --cache build/npm-cache --ignore-scripts --omit=optional --no-audit --no-fund \
+	  --loglevel=error >build/agents.log 2>&1 </dev/null || { cat build/agents.log; exit 1; }; \
+	rm -rf build/npm-cache build/agents.log; touch $@
 
 # --- The launcher outside the wheel
 
