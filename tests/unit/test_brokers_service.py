@@ -61,7 +61,9 @@ class Rig:
         self.ended: list[str] = []
         nobody = object()
         setting = Setting("box", "session", Policy(), nobody, nobody, (), None, self.ended.append, "")  # type: ignore[arg-type]
-        self.brokers: Brokers = service.attach(setting, {Broker.MODEL: opening or (lambda _: self.handler)})
+        self.brokers: Brokers = service.attach(
+            lambda: setting, {Broker.MODEL: opening or (lambda _: self.handler)}, self.ended.append
+        )
         self.over: list[tuple[int, int, str]] = []
 
     def connect(self) -> socket.socket:

@@ -17,6 +17,7 @@ from typing import Any
 from corral.actions import Attempt, Origin
 from corral.brokers.http import Connection, Room, serve
 from corral.brokers.setting import Handler, Opening, Setting
+from corral.errors import CorralError
 from corral.policy.doors import Broker
 
 MAX_CONNECTIONS = 1024
@@ -67,8 +68,8 @@ class Door:
 
     # ---- the brokers' thread ----
 
-    def open(self, opening: Opening) -> None:
-        self._handler = opening(self._brokers.setting)
+    def open(self, opening: Opening, setting: Setting) -> None:
+        self._handler = opening(setting)
 
     def _begin(self, sock: socket.socket, origin: Origin, taken: _Taken, over: Over) -> None:
         handler = self._handler
@@ -119,8 +120,15 @@ class Door:
 class Brokers:
     """The brokers of one sandbox."""
 
-    def __init__(self, service: Service, setting: Setting, openings: Mapping[Broker, Opening]) -> None:
-        self._service, self.setting, self._openings = service, setting, dict(openings)
+    def __init__(
+        self,
+        service: Service,
+        make: Callable[[], Setting],
+        openings: Mapping[Broker, Opening],
+        end: Callable[[str], None],
+    ) -> None:
+        self._service, self._make, self._openings, self.end = service, make, dict(openings), end
+        self._flush: Callable[[], object] = lambda: None
         self.doors = {broker: Door(service, self, broker) for broker in openings}
         """What the gateway hands connections over to."""
         self.room = Room(MAX_WAITING)
@@ -129,16 +137,19 @@ class Brokers:
     def open(self) -> None:
         """In the brokers' thread, before any connection."""
         try:
+            setting = self._make()
+            self._flush = setting.flush
             for broker, door in self.doors.items():
-                door.open(self._openings[broker])
+                door.open(self._openings[broker], setting)
         except Exception as error:
-            self.setting.end(f"{_FAILED} ({type(error).__name__})")
+            self.end(f"{_FAILED} ({error if isinstance(error, CorralError) else type(error).__name__})")
 
     async def close(self) -> None:
         """In the brokers' thread."""
         self.is_closed = True
         for door in self.doors.values():
             await door.close()
+        await asyncio.to_thread(self._flush)
 
 
 class Service:
@@ -151,13 +162,16 @@ class Service:
         self._thread = threading.Thread(target=self._run, name="corral-brokers", daemon=True)
         self._thread.start()
 
-    def attach(self, setting: Setting, openings: Mapping[Broker, Opening]) -> Brokers:
-        """From here on its doors may be used. From any thread."""
-        brokers = Brokers(self, setting, openings)
+    def attach(
+        self, make: Callable[[], Setting], openings: Mapping[Broker, Opening], end: Callable[[str], None]
+    ) -> Brokers:
+        """From here on its doors may be used. ``make`` is called in the brokers' thread, since what it loads takes its
+        time; ``end`` ends the sandbox. From any thread."""
+        brokers = Brokers(self, make, openings, end)
         try:
             self.loop.call_soon_threadsafe(self._attach, brokers)
         except RuntimeError:
-            setting.end(_FAILED)
+            end(_FAILED)
         return brokers
 
     def detach(self, brokers: Brokers) -> None:
@@ -169,7 +183,7 @@ class Service:
         try:
             future.result(2 * END_SECONDS)
         except Exception as error:
-            brokers.setting.end(f"{_FAILED} ({type(error).__name__})")
+            brokers.end(f"{_FAILED} ({type(error).__name__})")
 
     # ---- its own thread ----
 
@@ -193,7 +207,7 @@ class Service:
             self.loop.run_forever()
         finally:
             for brokers in tuple(self._attached):
-                brokers.setting.end(_FAILED)
+                brokers.end(_FAILED)
             self.loop.close()
 
 

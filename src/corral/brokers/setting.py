@@ -33,6 +33,8 @@ class Setting:
     """The directory of Corral's own state, where usage is counted."""
     ledger: AgentLedger | None = None
     """What all sessions of the agent have used, where the policy bounds that."""
+    flush: Callable[[], object] = lambda: None
+    """Waits, not for long, until what was counted is written."""
 
     async def decide(self, kind: Kind, subject: Subject, origin: Origin, *, own: Opinion | None = None) -> Decision:
         """Has the monitor decide; what is asked of a person is waited for. Who is cancelled withdraws."""

@@ -41,7 +41,7 @@ _SUMS = (
 
 def usage_directory() -> Path:
     """Where this user's meter is."""
-    return Path(state_directory()) / "usage"
+    return Path(state_directory()) / "usage"  # as corral.brokers.metering has it, which takes longer to load
 
 
 def show_usage(

@@ -88,13 +88,13 @@ def broker_variables(policy: Policy) -> dict[str, str]:
     return variables
 
 
-def open_doors(prepared: Prepared, setting: Callable[[], BrokerSetting]) -> Brokers | None:
-    """Opens the brokers that there are; ``setting`` is made only then."""
+def open_doors(prepared: Prepared, setting: Callable[[], BrokerSetting], end: Callable[[str], None]) -> Brokers | None:
+    """Opens the brokers that there are; ``setting`` is made only then, in their thread. ``end`` ends the sandbox."""
     if not prepared.outlet.openings:
         return None
     from corral.brokers import service
 
-    return service.shared().attach(setting(), prepared.outlet.openings)
+    return service.shared().attach(setting, prepared.outlet.openings, end)
 
 
 def close_doors(brokers: Brokers) -> None:

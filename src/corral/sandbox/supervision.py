@@ -92,7 +92,7 @@ class Supervision:
         if doors:
             from corral.sandbox.outlet import open_doors, open_egress  # only a policy that names destinations has one
 
-            self.brokers = open_doors(self._prepared, self._broker_setting)
+            self.brokers = open_doors(self._prepared, self._broker_setting, self._end)
             self.egress = open_egress(
                 self._prepared,
                 self._monitor,
@@ -124,10 +124,11 @@ class Supervision:
         supervisor.attach(self._supervised)
 
     def _broker_setting(self) -> BrokerSetting:
+        from corral.brokers.metering import metered
         from corral.brokers.setting import Setting
         from corral.sandbox.paths import state_directory
 
-        return Setting(
+        setting = Setting(
             sandbox=self._prepared.id,
             session=self._prepared.id,
             policy=self._prepared.options.policy,
@@ -138,6 +139,7 @@ class Supervision:
             end=self._end,
             state=state_directory(),
         )
+        return metered(setting)
 
     def _settle(self, callback: Callable[[], None]) -> None:
         """Calls back once the supervisor has done what it does now. From any thread."""

@@ -69,9 +69,7 @@ class Call:
         self._means, self._route, self._request = means, route, request
         self._asked, self._talk = asked, talk
         setting = means.setting
-        cause_of = getattr(setting.steps, "cause_of", None)
-        subject = ModelCall(asked.model)
-        origin = request.origin if cause_of is None else cause_of(request.origin, Kind.MODEL_CALL, subject)
+        origin = setting.steps.cause_of(request.origin, ModelCall(asked.model))
         self._account = CallAccount(origin, asked, talk.tokens)
         self._conversation: Conversation | None = None
         self._admission: Admission | None = None
