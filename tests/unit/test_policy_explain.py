@@ -194,6 +194,16 @@ def test_built_in_rules_stand_in_no_file() -> None:
     assert find_rule("locked", "network.loopback", load_policy("locked")) == ""
 
 
+def test_a_broker_is_allowed_where_it_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        "version: 1\nmodel:\n  upstreams:\n    - {name: u, url: https://a.example, api: openai}\n"
+    )
+    (tmp_path / "p.yaml").write_text("profile: ./base.yaml\nmodel: {allow: ['*']}\n")
+    policy = load_policy(tmp_path / "p.yaml")
+    assert find_rule(tmp_path / "p.yaml", "model (broker)", policy) == f"{tmp_path}/base.yaml:4"
+    assert find_rule(tmp_path / "p.yaml", "model (no broker)", policy) == ""
+
+
 # ---- tables ----
 
 

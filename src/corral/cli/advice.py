@@ -251,7 +251,7 @@ _ADVICE: dict[Topic, Callable[[Finding, Host], list[str]]] = {
     Topic.NO_ROUTE: _say("apt-get install bash   (something that can try to connect)"),
     Topic.WAY_OUT: _say(
         f"{_config('NFT_REDIR')} {_config('NF_CONNTRACK')} {_config('IPV6')}   (must be =y or =m)",
-        "leave network.allow and network.ask out of policies: everything else works",
+        "leave network.allow, network.ask and brokers out of policies: everything else works",
     ),
     Topic.TERMINAL: _REPORT,
     Topic.DEATH: _REPORT,

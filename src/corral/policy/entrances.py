@@ -15,6 +15,11 @@ NO_BROKER = "brokers (no such name)"
 _CALLED = {Broker.MODEL: "model", Broker.DATA: "data", Broker.API: "API"}
 
 
+def name_of(broker: Broker) -> str:
+    """What allows to go to a broker that is open, as records and explanations name it."""
+    return f"{broker.value} (broker)"
+
+
 def at_door(policy: Policy, kind: Kind, subject: Endpoint | Request) -> Judgement:
     """What becomes of looking up such a name, or of connecting to it. Nothing is ever sent there but by a connection:
     an enforcer that asks for anything else is refused."""
@@ -22,7 +27,7 @@ def at_door(policy: Policy, kind: Kind, subject: Endpoint | Request) -> Judgemen
     broker = broker_of(endpoint.name)
     if broker is None:
         return _refused(NO_BROKER, f"There is no broker of the name {endpoint.name}.", _others(policy))
-    rule = f"{broker.value} (broker)"
+    rule = name_of(broker)
     if not is_open(policy, broker):
         reason = f"This sandbox has no {_CALLED[broker]} broker: its policy has no `{opened_by(broker)}`."
         return _refused(f"{broker.value} (no broker)", reason, _others(policy))

@@ -30,6 +30,8 @@ from corral.actions import (
     Verb,
 )
 from corral.policy.document import Route, Tree, check_text, quoted
+from corral.policy.doors import Broker, opened_by
+from corral.policy.entrances import name_of
 from corral.policy.irreversible import fetches
 from corral.policy.names import canonical_address, canonical_name
 from corral.policy.notation import Rule
@@ -222,6 +224,8 @@ def find_rule(path: str | os.PathLike[str], rule: str, policy: object) -> str:
 def _locate(rule: str, policy: object) -> tuple[Route, object]:
     """The way to the rule's list or field, and the rule's value."""
     field, _, index = rule.partition("[")
+    broker = next((each for each in Broker if rule == name_of(each)), None)
+    field = field if broker is None else opened_by(broker)
     route = tuple(field.split("."))
     value: object = policy
     for name in route:
@@ -246,7 +250,7 @@ def _place(tree: Tree, file: PolicyFile, route: Route, wanted: object) -> int | 
     written: object = file
     for name in route:
         written = getattr(written, str(name))
-    if not isinstance(written, tuple):
+    if not isinstance(written, tuple) or isinstance(wanted, tuple):
         return tree.place(route)[0] if tree.is_value(route) else None
     for index, entry in enumerate(written):
         value = entry.value() if isinstance(entry, Rule) else entry
