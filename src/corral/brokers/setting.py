@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Protocol
 
 from corral.actions import Action, Decision, Kind, Opinion, Origin, Subject, Used
@@ -35,6 +36,8 @@ class Setting:
     """What all sessions of the agent have used, where the policy bounds that."""
     flush: Callable[[], object] = lambda: None
     """Waits, not for long, until what was counted is written."""
+    next_call: Callable[[], int] = field(default_factory=lambda: count(1).__next__)
+    """Numbers the calls of all brokers of the session: ``Used.call``, and what is kept of them."""
 
     async def decide(self, kind: Kind, subject: Subject, origin: Origin, *, own: Opinion | None = None) -> Decision:
         """Has the monitor decide; what is asked of a person is waited for. Who is cancelled withdraws."""

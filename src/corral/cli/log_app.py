@@ -344,12 +344,19 @@ def replay_command(
     policy: Annotated[
         str | None, typer.Option("--policy", metavar="FILE", help="Say what this policy would have decided instead.")
     ] = None,
+    rerun: Annotated[
+        bool, typer.Option("--rerun", help="Run it again under --policy, with the same answers of its models.")
+    ] = False,
+    env: Annotated[
+        list[str] | None, typer.Option("--env", "-e", metavar="NAME[=VALUE]", help="With --rerun: as of `corral run`.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Play a recorded session: what was tried and decided, in its time.
 
     On a terminal: space pauses, n goes on by one, / searches, left and right move, + and - change the speed, q ends.
-    With --policy the exit code is 1 where anything would have been decided otherwise."""
+    With --policy the exit code is 1 where anything would have been decided otherwise, with --rerun where the second
+    session did something else than the first."""
     from corral.cli.look_back import replay
 
     sys.exit(
@@ -362,6 +369,8 @@ def replay_command(
             details=details,
             html=html,
             policy=policy,
+            is_rerun=rerun,
+            variables=env or (),
             as_json=as_json,
             tree=tree,
         )

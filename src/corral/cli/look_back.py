@@ -108,9 +108,11 @@ def replay(
     policy: str | None,
     as_json: bool,
     tree: bool = False,
+    is_rerun: bool = False,
+    variables: Sequence[str] = (),
 ) -> int:
-    """Plays a session, prints its conversations, writes it as a page, or says what another policy would have decided.
-    Returns the exit code."""
+    """Plays a session, prints its conversations, writes it as a page, says what another policy would have decided, or
+    runs it again. Returns the exit code."""
     from corral.log.calls import WithCalls
     from corral.log.conversations import read_tree, tree_lines
     from corral.log.terminal import WithTerminal
@@ -118,6 +120,12 @@ def replay(
 
     reader = Reader(directory_of(log))
     name = _session(reader, session)
+    if is_rerun:
+        if policy is None:
+            raise RequestError("--rerun runs the agent again: name the policy that it is to run under (--policy FILE)")
+        from corral.cli.rerun import rerun
+
+        return rerun(reader, name, policy, variables, as_json=as_json)
     if policy is not None:
         return _what_if(reader, name, policy, as_json=as_json)
     said = read_tree(session_records(reader, name))

@@ -46,6 +46,8 @@ RUN_OPTIONS = (
     Option(
         "log", "", "DIR", False, "Record everything in the log in this directory, made where missing (docs/log.md)."
     ),
+    Option("record-models", "", "FILE", False, "Write every answer of a model to a file, to be given again."),
+    Option("replay-models", "", "FILE", False, "Give the answers of that file again; no model is asked."),
     Option("quiet", "q", "", False, "Do not say what was refused, nor where changes were kept."),
     Option("json", "", "", False, "At the end write one JSON object about the run to stderr."),
     Option("json-result", "", "FILE", False, "Write that object to a file instead."),

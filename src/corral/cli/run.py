@@ -30,6 +30,7 @@ from corral.sandbox.prepare import prepare
 from corral.sandbox.view import is_touched
 
 if TYPE_CHECKING:
+    from corral.brokers.model.capture import Capture
     from corral.log.asciicast import Tape
     from corral.log.writer import Log
     from corral.monitor.records import Sink
@@ -111,7 +112,7 @@ def read_options(arguments: Arguments) -> tuple[Options, list[tuple[int, str, in
     services = [read_service(word) for word in arguments.lists.get("service", ())]
     if len({port for port, _, _ in services}) < len(services):
         raise RequestError("--service: one port inside cannot lead to two places")
-    for name in ("workspace", "root", "policy", "read", "record", "json-result"):
+    for name in ("workspace", "root", "policy", "read", "record", "json-result", "record-models", "replay-models"):
         if "" in (arguments.values.get(name), *arguments.lists.get(name, ())):
             raise RequestError(f"--{name}: the path is empty (a variable that is not set?)")
     user = arguments.values.get("user", "agent")
@@ -126,8 +127,24 @@ def read_options(arguments: Arguments) -> tuple[Options, list[tuple[int, str, in
         label=arguments.values.get("label", " ".join(arguments.command)[:200]),
         on=arguments.values.get("on"),
         keep="discard" not in arguments.flags,
+        capture=_capture(arguments),
     )
     return options, services
+
+
+def _capture(arguments: Arguments) -> Callable[[], Capture] | None:
+    """What makes the capture of answers of models, where one is wanted."""
+    record, replay = arguments.values.get("record-models"), arguments.values.get("replay-models")
+    if record is None and replay is None:
+        return None
+    if record is not None and replay is not None:
+        raise RequestError("--record-models and --replay-models: answers are recorded or given again, not both")
+    from pathlib import Path
+
+    from corral.brokers.model.capture import Capture, CaptureMode
+
+    mode = CaptureMode.RECORD if record is not None else CaptureMode.REPLAY
+    return lambda: Capture(mode, Path(record or replay or ""))
 
 
 class _Run:

@@ -42,7 +42,7 @@ class Deed:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A step, whatever its number: the ``nth`` answer of a conversation (from 1), or exec ``nth`` where that is empty."""
+    """A step, whatever its number: the ``nth`` answer of a conversation, or exec ``nth`` where that is empty."""
 
     conversation: str
     nth: int

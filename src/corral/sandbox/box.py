@@ -42,6 +42,7 @@ from corral.sandbox.stats import read_stats
 from corral.sandbox.streams import Collector, Feeder, make_pipe
 
 if TYPE_CHECKING:
+    from corral.brokers.model.capture import Capture
     from corral.log.writer import Log
 
 T = TypeVar("T")
@@ -55,7 +56,8 @@ class Sandbox:
     ``listeners`` are TCP ports inside that this process accepts on (see :attr:`listeners`). ``keep`` decides whether
     changes outlive the sandbox as a layer (see :attr:`kept`). What happens is recorded in ``log``, which several
     sandboxes may share and which the caller closes; if it cannot be, the sandbox ends.
-    It begins ``on`` a kept layer of the same workspace, or on the host as it is.
+    It begins ``on`` a kept layer of the same workspace, or on the host as it is. ``capture`` makes what answers of
+    models are recorded in, or given again from (:class:`corral.brokers.model.capture.Capture`).
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Sandbox:
         label: str = "",
         log: Log | None = None,
         on: KeptLayer | None = None,
+        capture: Callable[[], Capture] | None = None,
     ) -> None:
         self._log = log
         hidden: tuple[str, ...] = ()
@@ -92,6 +95,7 @@ class Sandbox:
             hidden=hidden,
             log=("", "") if log is None else (os.path.abspath(log.directory), log.origin),
             keep=keep,
+            capture=capture,
         )
         self._keep = keep
         self._reset()

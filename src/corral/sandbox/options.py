@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from corral.errors import RequestError
 from corral.policy.model import Policy
 from corral.sandbox.identity import AGENT_ID, ROOT_ID
+
+if TYPE_CHECKING:
+    from corral.brokers.model.capture import Capture
 
 USERS = {"agent": AGENT_ID, "root": ROOT_ID}
 
@@ -45,6 +49,8 @@ class Options:
     """The directory and the name of the log that it is recorded in, which whoever applies its changes goes on with."""
     keep: bool = False
     """Whether its changes are kept when it ends."""
+    capture: Callable[[], Capture] | None = None
+    """Makes what answers of models are recorded in, or given again from: one for each sandbox."""
 
 
 def user_id(user: str | int) -> int:

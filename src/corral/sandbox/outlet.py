@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from corral.policy.doors import Broker, open_brokers
+from corral.errors import RequestError
+from corral.policy.doors import Broker, is_open, open_brokers
 from corral.policy.model import Credential, ModelApi, Policy
 
 if TYPE_CHECKING:
+    from corral.brokers.model.capture import Capture
     from corral.brokers.service import Brokers
     from corral.brokers.setting import Opening
     from corral.brokers.setting import Setting as BrokerSetting
@@ -47,18 +49,28 @@ class Outlet:
     """What its brokers are made by."""
 
 
-def make_outlet(policy: Policy, environment: Mapping[str, str], place: str, *, java: bool = False) -> Outlet:
+def make_outlet(
+    policy: Policy,
+    environment: Mapping[str, str],
+    place: str,
+    *,
+    java: bool = False,
+    capture: Callable[[], Capture] | None = None,
+) -> Outlet:
     """What ``policy`` needs. ``environment`` is the caller's, where secrets may be; ``place`` is where the certificates
-    will be found inside; ``java`` is whether there are programs that want them in its form.
+    will be found inside; ``java`` is whether there are programs that want them in its form; ``capture`` makes what
+    answers of models are recorded in, or given again from.
 
-    Raises RequestError where a secret is missing or cannot be one.
+    Raises RequestError where a secret or document is missing or cannot be one.
     """
     outlet = _tls_outlet(policy, environment, place, java=java)
+    if capture is not None and not is_open(policy, Broker.MODEL):
+        raise RequestError("answers of models are to be recorded or given again, but the policy has no model.upstreams")
     if not open_brokers(policy):
         return outlet
     from corral.brokers.openings import prepare_openings
 
-    openings = prepare_openings(policy, environment)
+    openings = prepare_openings(policy, environment, None if capture is None else capture())
     return replace(outlet, openings=openings, environment={**outlet.environment, **broker_variables(policy)})
 
 

@@ -144,7 +144,7 @@ def prepare(options: Options, *, gateway: bool | None = None) -> Prepared:
     policy, resources = options.policy, options.policy.resources
     gateway = has_way_out(policy) if gateway is None else gateway
     java = os.path.exists(f"{options.root or ''}{JAVA_TRUSTSTORE}")
-    outlet = make_outlet(policy, options.environment, CERTIFICATES, java=java)
+    outlet = make_outlet(policy, options.environment, CERTIFICATES, java=java, capture=options.capture)
     workspace = check_workspace(options.workspace)
     root = check_root(options.root)
     read = check_read(policy.filesystem.read)

@@ -15,9 +15,9 @@ from corral.modelapi.answer import Answer
 class CallAccount:
     """Of one call. Whoever ends it says how before :meth:`used`."""
 
-    def __init__(self, origin: Origin, asked: Asked, estimate: int) -> None:
-        """``estimate`` is how many tokens of input it may take."""
-        self.origin = origin
+    def __init__(self, origin: Origin, number: int, asked: Asked, estimate: int) -> None:
+        """``number`` is the call's in its session; ``estimate`` is how many tokens of input it may take."""
+        self.origin, self.number = origin, number
         self._asked, self._estimate = asked, estimate
         self._started, self._clock = time.time(), time.monotonic()
         self.ending, self.reason = Ending.ABANDONED, "its client is gone"
@@ -72,6 +72,7 @@ class CallAccount:
             tools=tuple(answer.tools),
             finish=answer.finish,
             estimated=is_estimated,
+            call=self.number,
         )
 
     def _tokens(self, answer: Answer) -> tuple[int, int, bool]:

@@ -70,7 +70,7 @@ class Call:
         self._asked, self._talk = asked, talk
         setting = means.setting
         origin = setting.steps.cause_of(request.origin, ModelCall(asked.model))
-        self._account = CallAccount(origin, asked, talk.tokens)
+        self._account = CallAccount(origin, setting.next_call(), asked, talk.tokens)
         self._conversation: Conversation | None = None
         self._admission: Admission | None = None
         self._relaying: Relaying | None = None
@@ -289,13 +289,20 @@ class Call:
         keeper, most = self._means.setting.keeper, self._keeps(Content.PROMPT)
         if keeper is not None and most:
             body = self._asked.body
-            keeper.keep(self._account.origin, Content.PROMPT, body[:most], len(body) <= most, self._asked.model)
+            keeper.keep(
+                self._account.origin,
+                Content.PROMPT,
+                body[:most],
+                len(body) <= most,
+                self._asked.model,
+                self._account.number,
+            )
 
     def _keep_answer(self, relaying: Relaying) -> None:
         keeper = self._means.setting.keeper
         if keeper is not None and (kept := relaying.kept):
             is_whole = relaying.is_kept_whole and self._account.ending is Ending.ANSWERED
-            keeper.keep(self._account.origin, Content.RESPONSE, kept, is_whole, self._asked.model)
+            keeper.keep(self._account.origin, Content.RESPONSE, kept, is_whole, self._asked.model, self._account.number)
 
 
 def _answer_id(beginning: bytes) -> str:

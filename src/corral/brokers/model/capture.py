@@ -24,7 +24,7 @@ import json
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -34,6 +34,7 @@ from typing import Any
 from corral.brokers.model.asking import Asked
 from corral.brokers.model.upstream import Failed, Fields
 from corral.errors import RequestError
+from corral.modelapi.answer import Api
 
 VERSION = 1
 
@@ -43,6 +44,25 @@ class CaptureMode(Enum):
 
     RECORD = "record"
     REPLAY = "replay"
+
+
+@dataclass(frozen=True, slots=True)
+class KeptAnswer:
+    """An answer as a log has it: without its head, and without what was asked."""
+
+    api: Api
+    model: str
+    conversation: str
+    order: int
+    """Of the conversation, among those of the session, from 0."""
+    position: int
+    """Of the request in its conversation, from 0."""
+    status: int
+    body: bytes
+    is_whole: bool
+
+
+_PATHS = {Api.CHAT: "/chat/completions", Api.RESPONSES: "/responses", Api.MESSAGES: "/messages"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +148,11 @@ class Recording:
 class Capture:
     """Of one sandbox. Made anywhere, used in the brokers' thread."""
 
-    def __init__(self, mode: CaptureMode, file: Path, *, is_paced: bool = False) -> None:
-        """``is_paced`` gives answers again as slowly as they came. Raises RequestError: the file cannot be what it
-        should."""
+    def __init__(
+        self, mode: CaptureMode, file: Path, *, is_paced: bool = False, kept: Iterable[KeptAnswer] | None = None
+    ) -> None:
+        """``is_paced`` gives answers again as slowly as they came; ``kept`` are those to be given again in place of a
+        file's. Raises RequestError: the file cannot be what it should."""
         self.is_replay = mode is CaptureMode.REPLAY
         self._is_paced = is_paced
         self._file, self._descriptor = file, -1
@@ -140,7 +162,10 @@ class Capture:
         self._by_position: dict[tuple[str, str, int], _Recorded] = {}
         self._by_order: dict[tuple[str, str, int, int], _Recorded] = {}
         self._given: dict[tuple[str, str], int] = defaultdict(int)
-        if self.is_replay:
+        if kept is not None:
+            for each in kept:
+                self._note(_recorded_of(each))
+        elif self.is_replay:
             self._load()
         else:
             self._descriptor = _open(file)
@@ -191,10 +216,21 @@ class Capture:
             recorded = _recorded(json.loads(line))
         except (ValueError, KeyError, TypeError, RecursionError):
             raise RequestError(f"{self._file}, line {number}: no recorded answer") from None
+        self._note(recorded)
+
+    def _note(self, recorded: _Recorded) -> None:
         place = recorded.place
-        self._by_request[place.path, place.request].append(recorded)
+        if place.request:
+            self._by_request[place.path, place.request].append(recorded)
         self._by_position.setdefault((place.path, place.conversation, place.position), recorded)
         self._by_order.setdefault((place.path, place.model, place.order, place.position), recorded)
+
+
+def _recorded_of(kept: KeptAnswer) -> _Recorded:
+    is_stream = not kept.body.lstrip().startswith(b"{")
+    kind = b"text/event-stream; charset=utf-8" if is_stream else b"application/json"
+    place = _Place(_PATHS[kept.api], kept.model, "", kept.conversation, kept.order, kept.position)
+    return _Recorded(place, kept.status, ((b"content-type", kind),), kept.is_whole, ((0.0, kept.body),))
 
 
 def request_digest(path: str, asked: Asked) -> str:
