@@ -27,6 +27,9 @@ from corral.policy.model import Environment, Policy
 from corral.sandbox.box import Sandbox
 from corral.sandbox.layer import KeptLayer, list_layers
 
+_MAX_LOOKED_AT = 1_000_000
+"""Files of a workspace, whether they have changed."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Past:
@@ -36,8 +39,10 @@ class _Past:
     workspace: str
     policy_hash: str
     commands: tuple[ExecStarted, ...]
+    began: float
+    """Seconds since the epoch."""
     starts: tuple[str, ...]
-    """Layers that it began with, the likelier first."""
+    """Layers that hold its files at its start, the likelier first."""
     answers: tuple[KeptAnswer, ...]
     unkept: int
     """Answers that are not in the log."""
@@ -48,14 +53,14 @@ def rerun(reader: Reader, session: str, policy_path: str, words: Sequence[str], 
     """Runs it, tells where it first became another, and returns the exit code: 0 where it did not."""
     past = _past(reader, session)
     policy = _with_variables(load_policy(policy_path), words)
-    notes = [*_notes(past, policy)]
-    start, note = _start(past)
-    for each in (*notes, *note):
+    start, notes = _start(past)
+    notes += _notes(past, policy)
+    for each in notes:
         complain(printable(each))
     name = asyncio.run(_run(reader.directory, past, policy, start))
     now = Trace(record for _, record in session_records(Reader(reader.directory), name))
     found = first_divergence(past.trace, now)
-    _tell(past, name, now, found, [*notes, *note], as_json=as_json)
+    _tell(past, name, now, found, notes, as_json=as_json)
     return 0 if found is None else 1
 
 
@@ -77,7 +82,9 @@ def _past(reader: Reader, session: str) -> _Past:
             f"no answer of a model is kept of session {session}: the policy must say `log: {{keep: {{response: 30d}}}}`"
         )
     hash_ = records[0].context.policy_hash
-    return _Past(session, begun.workspace, hash_, commands, (*taken, *begun_on), answers, unkept, Trace(records))
+    began = records[0].at / 1e6
+    starts = (*taken, *begun_on)
+    return _Past(session, begun.workspace, hash_, commands, began, starts, answers, unkept, Trace(records))
 
 
 def _answers(records: Sequence[Record], payloads: Payloads) -> tuple[tuple[KeptAnswer, ...], int]:
@@ -118,13 +125,37 @@ def _notes(past: _Past, policy: Policy) -> list[str]:
 
 
 def _start(past: _Past) -> tuple[KeptLayer | None, list[str]]:
-    """The files that it began with."""
+    """The layer that it began on, and what is another now. A layer holds what differs from the workspace, so the
+    workspace itself must still be as it was."""
+    notes = []
+    changed = _changed_since(past.workspace, past.began)
+    if changed:
+        notes.append(f"{changed} in {past.workspace} has changed since session {past.session} began")
     layers = {layer.id: layer for layer in list_layers()}
-    for wanted in past.starts:
-        if wanted in layers:
-            return layers[wanted], []
-    note = "what its files were at its start is not kept (`filesystem: {snapshot: step}`): it begins on the workspace"
-    return None, [f"{note} as that is now"]
+    found = next((layers[wanted] for wanted in past.starts if wanted in layers), None)
+    if found is None and past.starts:
+        notes.append("the layer that it began on is not kept any more: it begins on the workspace alone")
+    return found, notes
+
+
+def _changed_since(workspace: str, moment: float) -> str:
+    """What has changed there; empty where nothing has."""
+    looked_at = 0
+    waiting = [workspace]
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    looked_at += 1
+                    if entry.stat(follow_symlinks=False).st_ctime > moment:
+                        return os.path.relpath(entry.path, workspace)
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+        except OSError as error:
+            return os.path.relpath(error.filename or workspace, workspace)
+        if looked_at > _MAX_LOOKED_AT:
+            return "perhaps something (there are too many files to look at)"
+    return ""
 
 
 def _with_variables(policy: Policy, words: Sequence[str]) -> Policy:

@@ -21,9 +21,11 @@ from corral.log.records import Record
 MAX_DEEDS = 1_000_000
 """Of one session that are compared; what comes later is not looked at, and the outcome says so."""
 _RANDOM = re.compile(
-    r"(?<![A-Za-z0-9])(tmp[._-]?)[A-Za-z0-9_]{6,16}(?![A-Za-z0-9_])|(?<=/tmp/)[^/\s]*[A-Za-z0-9_]{6,16}"
+    r"(?<![A-Za-z0-9])(tmp)[A-Za-z0-9._-]{6,18}(?![A-Za-z0-9_])"  # tempfile of Python, mktemp(1)
+    r"|(?<=/tmp/)(cc)[A-Za-z0-9]{6}(?![A-Za-z0-9])"  # gcc
+    r"|(?<=/tmp/)([A-Za-z][A-Za-z0-9_-]*[._-])[A-Za-z0-9]{6,12}(?![A-Za-z0-9])"  # mkstemp(3), as most use it
 )
-"""Names that mkstemp(3), mktemp(1) and their like make."""
+"""Names that programs make up for temporary files; what they begin with stays."""
 _COMPARED = frozenset(Kind) - {Kind.MODEL_CALL, Kind.SANDBOX_SNAPSHOT, Kind.SANDBOX_APPLY, Kind.SANDBOX_UNDO}
 """What an agent does. What was asked of a model is compared by what it led to."""
 
@@ -118,7 +120,7 @@ class Trace:
         origin = decision.action.origin
         place = self._places.get(origin.step) or Place("", origin.step)
         self.deeds += decision.count
-        deed = Deed(_RANDOM.sub(r"\1*", str(decision.action)), decision.verdict)
+        deed = Deed(_RANDOM.sub(r"\1\2\3*", str(decision.action)), decision.verdict)
         step = self.steps.get(place) or self._step(origin.step, place)
         step.deeds += [deed] * min(decision.count, MAX_DEEDS)
 
