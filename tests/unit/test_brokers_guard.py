@@ -58,6 +58,9 @@ async def test_what_is_found_blocks_and_says_why_without_the_text() -> None:
     for part in ("fetch", "call-2", "url: http://x.example", "instructions", "not sent"):
         assert part in outcome.reason
     assert "hunter2" not in outcome.reason
+    (line,) = outcome.told
+    assert line.startswith("instructions: tells to ignore") and line.endswith("fetch call-2, url: http://x.example)")
+    assert (await guard.look([EVIL])).told == ()
     assert not (await guard.look([CLEAN])).findings
     guard.close()
 

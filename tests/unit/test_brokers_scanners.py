@@ -119,6 +119,12 @@ def test_a_text_that_is_too_long_is_not_called_clean() -> None:
         _scan("x" * (MAX_TEXT + 1))
 
 
+def test_what_takes_too_long_is_not_called_clean() -> None:
+    ticks = iter(range(0, 1000, 3))
+    with pytest.raises(ScanError, match="more than"):
+        Instructions(clock=lambda: next(ticks)).scan("x " * 100_000, ToolResult("", "", ""))
+
+
 # ---- time ----
 
 WIDEST = 1200

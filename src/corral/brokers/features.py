@@ -20,7 +20,7 @@ _READER = (
     r"(?:ais?|llms?|(?:large )?language models?|(?:ai|coding|code|virtual) (?:assistant|agent|model|tool|reviewer)s?|"
     r"ai (?:systems?|tools?|crawlers?|readers?|reviewers?|services?)|(?:your )?assistants?|"
     r"(?:autonomous )?agents?|chat ?bots?|bots?|claude|chatgpt|gpt(?:-?\d)?|copilot|gemini|llama|"
-    r"codex|models?)"
+    r"codex)"
 )
 _SECRET = (
     r"(?:api[ _-]?keys?|access[ _-]?(?:token|key)s?|auth[ _-]?tokens?|tokens?|passwords?|secrets?|credentials?|"
@@ -58,7 +58,8 @@ FEATURES = (
         "is addressed to a model",
         0.45,
         "ai|llm|assistant|agent|claude|gpt|copilot|gemini|codex|model|bot",
-        rf"(?:(?<![\w ])|(?<=[^\w,] )|hey |hello |hi |dear ){_READER}(?: \w{{1,15}}){{0,4}}? ?[:,!]",
+        rf"(?:(?<![\w ])|(?<=[^\w,] )|hey |hello |hi |dear )(?:{_READER}|(?<=[yoir] )(?:vision )?model)"
+        r"(?: \w{1,15}){0,4}? ?[:,!]",
     ),
     make(
         "says what a model must do",

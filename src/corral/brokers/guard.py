@@ -64,6 +64,17 @@ class Outcome:
     looked: int = 0
     """Texts that were looked at now; the others were known."""
 
+    @property
+    def told(self) -> tuple[str, ...]:
+        """What was found in this request and in none before, for its record: a line each, without the texts."""
+        return tuple(
+            f"{each.finding.scanner}{' failed' if each.failed else ''}: {each.finding.what} (in the result of "
+            f"{each.result.name or 'a tool'}{f' {each.result.id}' if each.result.id else ''}"
+            f"{f', {each.result.source}' if each.result.source else ''})"
+            for each in self.findings
+            if not each.known
+        )
+
 
 CLEAN = Outcome()
 

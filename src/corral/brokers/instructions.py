@@ -17,8 +17,9 @@ import base64
 import binascii
 import html
 import re
+import time
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from urllib.parse import unquote
 
@@ -31,6 +32,8 @@ NAME = "instructions"
 ENOUGH = 1.0
 MAX_TEXT = 8 << 20
 """Characters; a longer text is not scanned, which is a failure."""
+TIME = 8.0
+"""Seconds; what takes longer is not scanned to its end, which is a failure. Its thread is free again then."""
 _PIECE = 16_384
 _OVERLAP = 1024
 _PASSAGE = 700
@@ -48,10 +51,8 @@ _INVISIBLE = dict.fromkeys(
         *(range(0xE0000, 0xE0080), range(0xFE00, 0xFE10), range(0xE0100, 0xE01F0)),
     )
 )
-_LOOKALIKES = str.maketrans(
-    "абвгдеѕіјкӏмнорԛгстуԝхуѵαβεηικνορτυχωɡɑ",
-    "abbrdesijklmhopqrctywxyvabenikvoptuxwga",
-)
+_LIKE = "абвгдеѕіјкӏмнорԛгстуԝхуѵαβεηικνορτυχωɡɑ"
+_LOOKALIKES = str.maketrans(_LIKE, "abbrdesijklmhopqrctywxyvabenikvoptuxwga")
 _ZERO_WIDTH = re.compile(r"[\u200b\u2060\u2063\u2064]|(?<=[A-Za-z])[\u200c\u200d\ufeff\u00ad](?=[A-Za-z])")
 _BIDI = re.compile("[\u202d\u202e\u2066-\u2068]")
 _TAGS = re.compile("[\U000e0020-\U000e007e]{1,4096}+")
@@ -59,7 +60,7 @@ _FLAG = "\U0001f3f4"
 _BLOB = re.compile(
     r"(?<![A-Za-z0-9+/=_-])[A-Za-z0-9+/_-]{32,}+={0,2}+(?:\r?\n[ \t]{0,8}+[A-Za-z0-9+/_-]{16,}+={0,2}+)*+"
 )
-_MIXED = re.compile("[a-z][а-яѕіјԛԝӏ\u03b1-\u03c9ɡɑ]|[а-яѕіјԛԝӏ\u03b1-\u03c9ɡɑ][a-z]")
+_MIXED = re.compile(f"[a-z][{_LIKE}]|[{_LIKE}][a-z]")
 _SPACES = re.compile(r"\s+")
 _SPACED = re.compile(r"(?<!\w)(?:\w[ .\-_*]){6,64}+(?:\w(?!\w))?")
 _NOT_WORD = re.compile(r"[ .\-_*]")
@@ -70,14 +71,20 @@ _Hit = tuple[int, str, float]
 
 
 class Instructions:
-    """The scanner. It keeps nothing; used from any thread."""
+    """The scanner. It keeps nothing of a text; used from any thread."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
 
     def scan(self, text: str, source: ToolResult) -> Finding | None:
-        """Raises ScanError for a text that is longer than ``MAX_TEXT``."""
+        """Raises ScanError for a text that is longer than ``MAX_TEXT``, or takes longer than ``TIME``."""
+        end = self._clock() + TIME
         if len(text) > MAX_TEXT:
             raise ScanError(f"the text has more than {MAX_TEXT:,} characters")
         best: tuple[float, int, list[str]] = (0.0, 0, [])
         for start, piece in _pieces(text):
+            if self._clock() > end:
+                raise ScanError(f"it took more than {TIME:g} seconds")
             best = max(best, _weigh(_hits(piece), start), key=lambda found: found[0])
         for start, inner in _blobs(text):
             score, _, what = _weigh(_hits(inner), 0)
@@ -161,7 +168,7 @@ def _all_found(plain: str, how: str = "", weight: float = 0.0) -> Iterator[_Hit]
         yield first, how, weight
     if count:
         for match in islice(CONCEALED.finditer(plain), _MOST_HITS):
-            yield match.start(), "stands where readers do not see it", 0.4
+            yield match.start(), "stands where readers do not see it", 0.3
 
 
 def _found(feature: Feature, text: str) -> Iterator[_Hit]:
