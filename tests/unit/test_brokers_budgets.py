@@ -306,6 +306,24 @@ def test_what_an_agent_used_counts_until_the_period_is_over(store: Store) -> Non
     assert ledger.reserve(50, 0)
 
 
+@pytest.mark.parametrize("second", [0.0, 0.5, 30.0, 59.9])
+def test_a_minute_counts_as_long_as_any_of_it_is_within_the_period(store: Store, second: float) -> None:
+    clock = Clock(60.0 * 20_000 + second)
+    ledger = _ledger(store, clock=clock)
+    ledger.settle(ledger.reserve(100, 0)[0], 100, 0, 1.0)
+    clock.now += 3599.9
+    refused(lambda: ledger.reserve(1, 0))
+    clock.now += 60.2
+    ledger.reserve(1, 0)
+
+
+def test_a_transaction_has_the_right_to_write_from_its_beginning_on(store: Store, tmp_path: Path) -> None:
+    """Else two could read the same standing, and both reserve the rest."""
+    with store.engine.begin(), closing(sqlite3.connect(tmp_path / "usage" / FILE, timeout=0)) as other:
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("BEGIN IMMEDIATE")
+
+
 def test_the_bounds_of_an_agent(store: Store) -> None:
     clock = Clock()
 

@@ -20,12 +20,14 @@ from corral.actions import Ending, Kind, Origin, Used
 from corral.brokers import meter as meter_module
 from corral.brokers.meter import BURST, Meter, Store
 from corral.brokers.store import FILE, LARGEST, MeterFault
-from corral.brokers.usage import By, Sums, Usage, Wanted, read_usage
+from corral.brokers.usage import By, Sums, Usage, Wanted, add_up, read_usage
 from corral.cli.app import app
 from corral.cli.usage import groups_of, usage_directory
 from corral.errors import RequestError
+from corral.log.note import KeyFile, KeyType
 from corral.log.ocsf import Context
-from corral.log.records import Record
+from corral.log.records import Record, encode
+from corral.log.writer import Log
 from corral.monitor.records import Tally
 from corral.policy.model import Agent, Model
 
@@ -336,9 +338,24 @@ def test_records_of_a_log_add_up_to_the_same(store: Store, tmp_path: Path) -> No
     for call in calls:
         meter.used(call)
     assert store.flush()
-    records: list[Any] = [Record(call, context, 1, 0, 0, frozenset()) for call in calls]  # type: ignore[arg-type]
+    records = [Record(call, context, 1, 0, 0, frozenset()) for call in calls]
     for by in By:
         for wanted in (Wanted(), Wanted(DAY * 20_004.5), Wanted(agent="other"), Wanted(session="session-1")):
             found = read_usage(tmp_path / "usage", by, wanted)
-            again = {(group.key, group.sums.requests) for group in groups_of(records, by, wanted)}
-            assert {group.key for group in found.groups} == {key for key, _ in again}
+            assert add_up(groups_of(records, by, wanted), by) == found
+
+
+def test_the_command_adds_up_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    context = Context("coder", "1", "policy", "sha256:00", "session-1", "box-1", "0.1.0")
+    with Log(tmp_path / "log", KeyFile("log.example/one", KeyType.ED25519, b"k" * 32)) as log:
+        for number in range(1, 4):
+            log.append(
+                encode(replace(USED, cost=number), context, sequence=number, at=USED.started, monotonic_ns=number)
+            )
+        log.append(b"no record")
+        log.seal()
+    _run("--log", str(tmp_path / "log"), "--by", "agent", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["groups"][0]["key"] == ["coder", "1"]
+    assert (found["total"]["requests"], found["total"]["input_tokens"]) == (3, 300)
+    assert found["total"]["cost"] == {"USD": "0.000000006"}
