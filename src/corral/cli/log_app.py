@@ -296,7 +296,12 @@ def _query(
 def _export(
     words: _Words = None,
     form: Annotated[
-        str, typer.Option("--format", metavar="FORM", help="jsonl, ocsf, cef, syslog, otlp or parquet.")
+        str,
+        typer.Option(
+            "--format",
+            metavar="FORM",
+            help="jsonl, ocsf, cef, syslog, otlp, parquet; trajectories or trajectories-parquet, for learning.",
+        ),
     ] = "jsonl",
     output: Annotated[str | None, typer.Option("--output", "-o", metavar="FILE", help="Where to [stdout].")] = None,
     log: _Log = None,
@@ -307,7 +312,8 @@ def _export(
 ) -> None:
     """Write records in a form that others read: all of them, or those that are looked for as with `query`.
 
-    Parquet needs pyarrow: pip install 'corral[parquet]'."""
+    Trajectories are those of all sessions that have such a record: what models were asked and answered, and the
+    actions that followed. Parquet needs pyarrow: pip install 'corral[parquet]'."""
     from corral.cli.look_back import export
 
     export(log, _with(words, tool, unexplained), index=index, rebuild=rebuild, form=form, output=output)

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, TextIO
 
 from corral.cli.foreground import complain, printable
 from corral.cli.log import directory_of
 from corral.errors import RequestError
 from corral.log.places import index_path, open_payloads
-from corral.log.query import parse_filter, parse_time
+from corral.log.query import Filter, parse_filter, parse_time
 from corral.log.reader import Reader
 from corral.log.records import Record, Summary, decode, summary
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _POLL = 0.5
 _PARQUET = "parquet"
+_TRAJECTORIES = "trajectories"
+_TRAJECTORIES_PARQUET = "trajectories-parquet"
 MAX_SESSIONS = 100_000
 
 
@@ -266,16 +269,47 @@ def export(
     from corral.log.export import FORMS
     from corral.log.parquet import write_parquet
 
-    if form not in (*FORMS, _PARQUET):
-        raise RequestError(f"{printable(form)} is no form; known: {', '.join((*FORMS, _PARQUET))}")
-    if form == _PARQUET and output is None and sys.stdout.isatty():
+    known = (*FORMS, _PARQUET, _TRAJECTORIES, _TRAJECTORIES_PARQUET)
+    if form not in known:
+        raise RequestError(f"{printable(form)} is no form; known: {', '.join(known)}")
+    if form in (_PARQUET, _TRAJECTORIES_PARQUET) and output is None and sys.stdout.isatty():
         raise RequestError("Parquet is not for a terminal: name a file with --output")
     with _found(log, words, index=index, rebuild=rebuild) as entries, _sink(output) as file:
         if form == _PARQUET:
             write_parquet(file, entries)
             return
+        if form in (_TRAJECTORIES, _TRAJECTORIES_PARQUET):
+            as_parquet = form == _TRAJECTORIES_PARQUET
+            _write_trajectories(file, directory_of(log), entries, index=index, as_parquet=as_parquet)
+            return
         for line in FORMS[form](entries):
             file.write(f"{line}\n".encode())
+
+
+def _write_trajectories(
+    file: IO[bytes], directory: Path, entries: Iterator[tuple[int, bytes]], *, index: str | None, as_parquet: bool
+) -> None:
+    """Those of all sessions that one of the entries is of."""
+    from corral.log.index import LogIndex
+    from corral.log.parquet import write_turns
+    from corral.log.timeline import read_record
+    from corral.log.trajectories import trajectories, turn_line
+
+    sessions = dict.fromkeys(found.session for found in (summary(entry) for _, entry in entries) if found.session)
+    reader = Reader(directory)
+    with LogIndex(index or index_path(directory)) as made:
+
+        def records_of(name: str) -> Iterator[tuple[int, Record]]:
+            for number, entry in reader.some(made.find(Filter(texts=(("session", (name,)),)))):
+                if (record := read_record(entry)) is not None:
+                    yield number, record
+
+        turns = trajectories(sessions, records_of, open_payloads(directory))
+        if as_parquet:
+            write_turns(file, turns)
+            return
+        for turn in turns:
+            file.write(f"{turn_line(turn)}\n".encode())
 
 
 @contextmanager

@@ -9,12 +9,14 @@ schema, which stands in the file's metadata as ``corral.schema``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import IO, TYPE_CHECKING, Any
 
 from corral.errors import CorralError, RequestError
 from corral.log.ocsf import VERSION as OCSF_VERSION
 from corral.log.records import summary
+from corral.log.trajectories import VERSION as TURN_VERSION
+from corral.log.trajectories import Turn, turn_row
 
 if TYPE_CHECKING:
     import pyarrow
@@ -32,6 +34,19 @@ _NUMBERS = (
     *("sequence", "class_uid", "step", "exec", "count", "pid"),
     *("unexplained", "opened", "input_tokens", "output_tokens", "cost"),
 )
+
+_TURN = (
+    *((name, "text") for name in ("session", "sandbox", "agent", "agent_version", "policy", "conversation", "parent")),
+    *(("version", "number"), ("turn", "number"), ("record", "number"), ("at", "time"), ("seconds", "real")),
+    *((name, "text") for name in ("source", "model", "api", "ending", "finish")),
+    *(("status", "number"), ("messages_from", "number")),
+    *((name, "text") for name in ("messages", "offered", "request", "text", "thinking", "tools")),
+    *(("complete", "truth"), ("prompt_ids", "numbers"), ("ids", "numbers"), ("tokens", "texts"), ("logprobs", "reals")),
+    *((name, "number") for name in ("input_tokens", "output_tokens", "cached_tokens", "written_tokens")),
+    *(("estimated", "truth"), ("cost", "number"), ("currency", "text"), ("step", "number")),
+    *(("actions", "text"), ("actions_left_out", "number"), ("missing", "text")),
+)
+"""Columns of trajectories."""
 
 
 class ExportFault(CorralError):
@@ -70,6 +85,20 @@ def write_parquet(file: IO[bytes], entries: Iterable[tuple[int, bytes]]) -> int:
     Raises RequestError where pyarrow is missing, ExportFault for an entry that does not fit the schema, ValueError
     for one that is no record, OSError, and what taking an entry raises.
     """
+    rows = ((_row(number, entry), len(entry), str(number)) for number, entry in entries)
+    return _write(file, schema, rows)
+
+
+def write_turns(file: IO[bytes], turns: Iterable[Turn]) -> int:
+    """Writes the turns of trajectories, as :func:`write_parquet` does entries."""
+    rows = ((row := turn_row(turn), sum(map(len, map(str, row.values()))), str(turn.record)) for turn in turns)
+    return _write(file, turn_schema, rows)
+
+
+def _write(
+    file: IO[bytes], schema_of: Callable[[], pyarrow.Schema], given: Iterable[tuple[dict[str, Any], int, str]]
+) -> int:
+    """Writes rows, each with about its size and the name of its record."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetWriter
@@ -77,9 +106,10 @@ def write_parquet(file: IO[bytes], entries: Iterable[tuple[int, bytes]]) -> int:
         raise RequestError(
             "writing Parquet needs pyarrow, which is not installed here: pip install 'corral[parquet]'"
         ) from None
-    made, count = schema(), 0
+    made, count = schema_of(), 0
     with ParquetWriter(_Counted(file), made, compression="zstd") as writer:
         rows: list[dict[str, Any]] = []
+        names: list[str] = []
         size = 0
 
         def write_group() -> None:
@@ -87,21 +117,39 @@ def write_parquet(file: IO[bytes], entries: Iterable[tuple[int, bytes]]) -> int:
             try:
                 writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, made))
             except (pyarrow.ArrowException, OverflowError) as error:
-                raise ExportFault(
-                    f"the records {rows[0]['number']} to {rows[-1]['number']} do not fit the schema ({error})"
-                ) from None
+                raise ExportFault(f"the records {names[0]} to {names[-1]} do not fit the schema ({error})") from None
             rows.clear()
+            names.clear()
             size = 0
 
-        for number, entry in entries:
-            rows.append(_row(number, entry))
-            size += len(entry)
+        for row, weight, name in given:
+            rows.append(row)
+            names.append(name)
+            size += weight
             count += 1
             if len(rows) >= ROWS or size >= GROUP_BYTES:
                 write_group()
         if rows:
             write_group()
     return count
+
+
+def turn_schema() -> pyarrow.Schema:
+    """Of the rows of trajectories. Raises ImportError without pyarrow."""
+    import pyarrow
+
+    kinds = {
+        "text": pyarrow.string(),
+        "number": pyarrow.int64(),
+        "time": pyarrow.timestamp("us", tz="UTC"),
+        "real": pyarrow.float64(),
+        "truth": pyarrow.bool_(),
+        "numbers": pyarrow.list_(pyarrow.int64()),
+        "texts": pyarrow.list_(pyarrow.string()),
+        "reals": pyarrow.list_(pyarrow.float64()),
+    }
+    fields = [pyarrow.field(name, kinds[kind], nullable=False) for name, kind in _TURN]
+    return pyarrow.schema(fields, {"corral.schema": f"trajectory {TURN_VERSION}"})
 
 
 def schema() -> pyarrow.Schema:
