@@ -346,7 +346,6 @@ class Tracker:
                 birth.is_settled = parent.is_settled
             else:
                 birth.needs_call = True
-            birth.needs_call |= parent.needs_call
             return birth
         covering = self._covering(identity, asker, exec_)
         if covering:
