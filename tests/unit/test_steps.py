@@ -415,6 +415,43 @@ def test_an_agent_that_is_a_tool(world: World, agent: Identity) -> None:
     assert world.acts(world.fork(inner)).unexplained
 
 
+def test_a_worker_that_executes_nothing(world: World, agent: Identity) -> None:
+    step = world.turn(agent, tool("a", file_path="/work/a.py"), tool("b", file_path="/work/b.py"))
+    worker = world.fork(agent)
+    assert world.writes(worker, "/work/b.py") == Cause(step, "b", False)
+    assert world.writes(worker, "/work/a.py") == Cause(step, "a", False)
+    assert world.writes(worker, "/work/c.py") == Cause(step, "", False)
+
+
+def test_a_helper_that_was_seen_before_its_agent_asked(world: World, agent: Identity) -> None:
+    world.turn(agent)
+    world.tracker.begin(2)
+    other = world.fork(None, 2)
+    helper = world.fork(other)
+    assert world.acts(helper) == Cause(3, "", False)
+    world.passes()
+    step = world.turn(other)
+    assert world.acts(helper) == Cause(step, "only", False)
+
+
+def test_two_agents_of_one_exec_are_told_apart(world: World, agent: Identity) -> None:
+    """Also by whom nobody knows the parent any more."""
+    other = world.fork(None)
+    world.setsid(agent)
+    one = world.turn(agent, tool("a", command="make it so"), tool("b", command="ls -l"))
+    middle = world.fork(agent)
+    worker = world.fork(middle)
+    assert world.acts(worker) == Cause(one, "", False)
+    world.ends(middle)
+    two = world.turn(other, tool("c", command="make it"))
+    middle = world.fork(agent)
+    orphan = world.fork(middle)
+    world.ends(middle)
+    assert world.acts(orphan) == Cause(one, "", False)
+    assert world.runs(world.fork(worker), "make", "it") == Cause(one, "a", False)
+    assert world.runs(world.fork(other), "make", "it") == Cause(two, "c", False)
+
+
 # ---- connections ----
 
 

@@ -44,6 +44,8 @@ class Opened:
 
     def covers(self, process: Identity) -> bool:
         """Whether it was open when the process was born, as far as anybody can tell."""
+        if self.closed is not None and process.started > self.closed.ticks:  # nearly always
+            return False
         return order(process, self.opened) >= 0 and (self.closed is None or order(process, self.closed) <= 0)
 
 

@@ -57,11 +57,13 @@ class _Asker:
 
 
 class _Birth:
-    __slots__ = ("asker", "exec", "is_part", "is_settled", "needs_call", "parent", "step", "tool")
+    __slots__ = ("asker", "covering", "exec", "is_part", "is_settled", "needs_call", "parent", "step", "tool")
 
     def __init__(self, asker: Identity | None, exec_: int, parent: Identity | None) -> None:
         self.parent, self.asker, self.exec = parent, asker, exec_
         """Whose steps count: an ancestor's, or those of all askers of the exec."""
+        self.covering: tuple[Opened, ...] | None = None
+        """The steps that were open when it was born and may be still, once somebody has looked."""
         self.is_part = False
         """It was there before the asker first asked, or before any of the exec's did."""
         self.step: Opened | None = None
@@ -290,7 +292,10 @@ class Tracker:
 
     def _open_at(self, identity: Identity, birth: _Birth) -> tuple[Opened, ...]:
         """Those of its steps that are open, and were when it was born."""
-        return tuple(step for step in self._covering(identity, birth.asker, birth.exec) if step.closed is None)
+        if birth.covering is None:
+            birth.covering = self._covering(identity, birth.asker, birth.exec)
+        birth.covering = tuple(step for step in birth.covering if step.closed is None)
+        return birth.covering
 
     # ---- births ----
 
@@ -346,9 +351,8 @@ class Tracker:
                 birth.is_settled = parent.is_settled
             else:
                 birth.needs_call = True
-            birth.needs_call |= parent.needs_call
             return birth
-        covering = self._covering(identity, asker, exec_)
+        birth.covering = covering = self._covering(identity, asker, exec_)
         if covering:
             birth.step = covering[-1]
             birth.tool = birth.step.only if len(covering) == 1 else ""
