@@ -32,15 +32,14 @@ from verdict import Evidence, Finding, changes, judge
 from watch import Watch
 
 HERE = Path(__file__).resolve().parent
-INNER_PORT = 8080
+KEY_VARIABLE = "DEMO_MODEL_KEY"
+"""Where `corral` finds the key of the model; nothing inside ever has it."""
 CPU_CAP = 1.0
 PROCESS_CAP = 256
 WALL_TIME = 50
 GIT_ENVIRONMENT = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0"}
 
 AGENT_ENVIRONMENT = {
-    "OPENAI_API_BASE": f"http://127.0.0.1:{INNER_PORT}/v1",
-    "OPENAI_API_KEY": KEY,  # not a secret: the script answers to nothing else, and is worth nothing
     "MSWEA_CONFIGURED": "true",  # no first-time wizard
     "MSWEA_SILENT_STARTUP": "1",
     "MSWEA_COST_TRACKING": "ignore_errors",  # a scripted model has no price
@@ -79,15 +78,11 @@ class Corral:
     search_path: str
     marker: str
 
-    def run_contained(
-        self, argv: Sequence[str], workspace: Path, env: Mapping[str, str], service: tuple[int, int]
-    ) -> Run:
-        """Run a command in a sandbox that holds the workspace and one service: inner port, host's loopback port."""
+    def run_contained(self, argv: Sequence[str], workspace: Path, env: Mapping[str, str], model: int) -> Run:
+        """Run a command in a sandbox that holds the workspace, and a door to the model at a port of the host's."""
         result, log = self.scratch / "result.json", self.scratch / "agent.log"
-        inner, outer = service
         command = [str(self.program), "run", "--workspace", str(workspace)]
-        command += ["--policy", str(HERE / "policy.yaml"), "--record", str(self.record)]
-        command += ["--service", f"{inner}=127.0.0.1:{outer}"]
+        command += ["--policy", str(self._policy(model)), "--record", str(self.record)]
         for name, value in env.items():
             command += ["--env", f"{name}={value}"]
         command += ["--cpu", f"{CPU_CAP:g}", "--processes", str(PROCESS_CAP), "--memory", "2GiB"]
@@ -119,6 +114,22 @@ class Corral:
         layer = told["layer"]
         return Run(int(told["exit_code"]), None if layer is None else str(layer), watch, survivors)
 
+    def _policy(self, model: int) -> Path:
+        """The demo's policy, and where its model is today."""
+        path = self.scratch / "policy.yaml"
+        path.write_text(
+            f"""profile: {HERE / "policy.yaml"}
+model:
+  allow: [scripted]
+  upstreams:
+    - name: script
+      url: http://127.0.0.1:{model}/v1
+      api: openai
+      credential: {{type: bearer, from: "env:{KEY_VARIABLE}"}}
+"""
+        )
+        return path
+
     @property
     def record(self) -> Path:
         return self.scratch / "record.jsonl"
@@ -137,7 +148,7 @@ class Corral:
         return done.stdout
 
     def _environment(self) -> dict[str, str]:
-        return dict(os.environ) | {"PATH": self.search_path}
+        return dict(os.environ) | {"PATH": self.search_path, KEY_VARIABLE: KEY}
 
 
 def main() -> int:
@@ -191,7 +202,7 @@ def _demo(agent: Path, program: Path, scratch: "_Scratch", keep: bool) -> tuple[
         person = Person(program, marker)
         argv = [str(agent), "--yolo", "--exit-immediately", "--model", "openai/scripted", "--task", script.TASK]
         with person:
-            run = corral.run_contained(argv, workspace, AGENT_ENVIRONMENT, (INNER_PORT, model.port))
+            run = corral.run_contained(argv, workspace, AGENT_ENVIRONMENT, model.port)
         patch = corral.patch(run.layer) if run.layer else ""
         if run.layer and not keep:
             corral.discard(run.layer)

@@ -89,7 +89,7 @@ class ModelServer:
         """The output of each turn's command, by the turn's name, from the longest request."""
         with self._lock:
             messages = list(self._messages)
-        names = {_call_id(number): turn.name for number, turn in enumerate(self._turns)}
+        names = {call_id(number): turn.name for number, turn in enumerate(self._turns)}
         return {
             names[call]: _observation(message.get("content"))
             for message in messages
@@ -116,7 +116,7 @@ class ModelServer:
         if position >= len(self._turns):
             raise Refused(400, f"the script has {len(self._turns)} turns, asked for one more")
         for number, message in enumerate(said):
-            if _call_ids(message) != [_call_id(number)]:
+            if _call_ids(message) != [call_id(number)]:
                 raise Refused(400, f"assistant message {number} is not the script's")
         with self._lock:
             if len(messages) > len(self._messages):
@@ -125,7 +125,7 @@ class ModelServer:
         return _completion(position, self._turns[position])
 
 
-def _call_id(position: int) -> str:
+def call_id(position: int) -> str:
     return f"call_{position:04d}"
 
 
@@ -157,7 +157,7 @@ def _tool_name(tool: object) -> object:
 
 def _completion(position: int, turn: Turn) -> dict[str, Any]:
     call = {
-        "id": _call_id(position),
+        "id": call_id(position),
         "type": "function",
         "function": {"name": "bash", "arguments": json.dumps({"command": turn.command})},
     }

@@ -1,6 +1,7 @@
 """What the supervisor decided, from the record that `corral run --record` wrote on the host.
 
-A decision belongs to the turn whose command was started last before it: turns come one after the other.
+A decision belongs to the turn whose tool call it comes from: Corral follows each process back to the answer of the
+model that asked for it.
 """
 
 import json
@@ -8,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_server import call_id
 from script import Turn
 
 
@@ -40,18 +42,15 @@ class Decision:
 
 
 def read(path: Path, turns: Sequence[Turn]) -> dict[str, list[Decision]]:
-    """The decisions by the name of their turn; those before the first turn are under an empty name."""
-    names = {turn.command: turn.name for turn in turns}
+    """The decisions by the name of their turn; those of no turn are under an empty name."""
+    names = {call_id(number): turn.name for number, turn in enumerate(turns)}
     found: dict[str, list[Decision]] = {turn.name: [] for turn in turns} | {"": []}
-    current = ""
     for line in path.read_text(encoding="ascii").splitlines():
         told = json.loads(line)
-        if told["kind"] == "flow":  # the account of a connection, not a decision
+        if "subject" not in told:  # the account of a connection or a call, not a decision
             continue
         subject = told["subject"]
-        if told["action"] == "process.exec":
-            current = next((names[word] for word in subject["argv"] if word in names), current)
-        found[current].append(
+        found[names.get(told["origin"]["tool"], "")].append(
             Decision(
                 told["action"], subject, told["verdict"], told["rule"], told["reason"], told["answered_by"],
                 told["held"], told["count"],
