@@ -31,7 +31,7 @@ from corral.actions import (
     Transport,
     Verdict,
 )
-from corral.monitor import moments, opened, tracking
+from corral.monitor import births, moments, opened, tracking
 from corral.monitor.moments import Identity, Moment, order
 from corral.monitor.records import BURST, Aggregator, Recent
 from corral.monitor.steps import Cause, Descent, Execs
@@ -282,6 +282,78 @@ def test_a_second_double_fork_does_not_help(world: World, agent: Identity) -> No
     again = world.fork(orphan)
     world.ends(orphan)
     assert world.acts(again) == Cause(first, "only", True)
+
+
+def test_an_orphan_that_somebody_from_before_could_have_given_away(world: World, agent: Identity) -> None:
+    """The same without a session of its own: only what a tool call asks for is beyond doubt then."""
+    first = world.turn(agent)
+    daemon = world.fork(agent)
+    assert world.acts(daemon) == Cause(first, "only", False)
+    second = world.turn(agent, tool("a", command="(sleep 5 &)"))
+    middle = world.fork(daemon)
+    orphan, other = world.fork(middle), world.fork(middle)
+    world.ends(middle)
+    child = world.fork(orphan)
+    assert world.acts(orphan).unexplained
+    assert world.acts(child).unexplained
+    assert world.runs(other, "curl", "evil.example").unexplained
+    middle = world.fork(agent)
+    sleeper = world.fork(middle)
+    world.ends(middle)
+    assert world.runs(sleeper, "sleep", "5") == Cause(second, "a", False)
+    for each in (daemon, orphan, other, child, sleeper):
+        world.ends(each)
+    world.tracker.look_after()
+    last = world.fork(None)
+    assert not world.acts(last).unexplained
+
+
+def test_who_gives_somebody_away_and_ends(world: World, agent: Identity) -> None:
+    """What counts is who lived when the orphan was born."""
+    world.turn(agent)
+    daemon = world.fork(agent)
+    world.acts(daemon)
+    second = world.turn(agent)
+    world.tracker.look_after()
+    middle = world.fork(daemon)
+    orphan = world.fork(middle)
+    world.ends(middle)
+    world.ends(daemon)
+    world.passes()
+    world.tracker.look_after()
+    assert world.acts(orphan) == Cause(second, "only", True)
+    world.ends(orphan)
+    world.passes()
+    world.tracker.look_after()
+    world.passes()
+    assert world.acts(world.fork(None)) == Cause(second, "only", False)
+
+
+def test_looking_for_who_gives_away_is_bounded(world: World, agent: Identity) -> None:
+    world.turn(agent)
+    for _ in range(2000):
+        child = world.fork(agent)
+        world.acts(child)
+        world.ends(child)
+    world.turn(agent)
+    assert world.acts(world.fork(None)).unexplained
+    looked: list[Identity] = []
+
+    def lives(process: Identity) -> bool:
+        looked.append(process)
+        return process not in world.dead
+
+    world.tracker._lives = lives
+    for _ in range(20):
+        before = len(looked)
+        world.tracker.look_after()
+        assert len(looked) - before <= births.LOOKED_AFTER + 1
+    world.passes()
+    assert len(world.tracker._living) <= 1
+    for _ in range(births.MAX_LIVING + 10):
+        world.acts(world.fork(agent))
+    assert len(world.tracker._living) <= births.MAX_LIVING
+    assert world.acts(world.fork(None)).unexplained  # too many to tell
 
 
 def test_children_keep_the_step_of_a_parent_that_is_open_still(world: World, agent: Identity) -> None:

@@ -31,6 +31,7 @@ from itertools import islice
 
 from corral.actions import Origin, Program, Subject, ToolCall
 from corral.monitor import moments
+from corral.monitor.births import Asker, Birth, Living
 from corral.monitor.moments import Identity, Moment, order
 from corral.monitor.opened import Opened, bounded, find
 from corral.monitor.steps import Cause, Descent
@@ -45,33 +46,8 @@ MAX_BIRTHS = 8192
 """Processes whose birth is remembered."""
 LOOKED_AFTER = 64
 """Askers that are looked at in one go, whether they live."""
-
-
-class _Asker:
-    __slots__ = ("exec", "first", "open")
-
-    def __init__(self, exec_: int, first: Moment) -> None:
-        self.exec, self.first = exec_, first
-        self.open: OrderedDict[str, Opened] = OrderedDict()
-        """By conversation, the newest last."""
-
-
-class _Birth:
-    __slots__ = ("asker", "covering", "exec", "is_part", "is_settled", "needs_call", "parent", "step", "tool")
-
-    def __init__(self, asker: Identity | None, exec_: int, parent: Identity | None) -> None:
-        self.parent, self.asker, self.exec = parent, asker, exec_
-        """Whose steps count: an ancestor's, or those of all askers of the exec."""
-        self.covering: tuple[Opened, ...] | None = None
-        """The steps that were open when it was born and may be still, once somebody has looked."""
-        self.is_part = False
-        """It was there before the asker first asked, or before any of the exec's did."""
-        self.step: Opened | None = None
-        self.tool = ""
-        self.is_settled = False
-        """Its tool call is known."""
-        self.needs_call = False
-        """It comes from a step that was over by then: only what a tool call asks for gets it into another."""
+LIVING = 8
+"""How many of the others may live in one go; to find that takes longer than that one is dead."""
 
 
 class Tracker:
@@ -86,12 +62,13 @@ class Tracker:
         self._epoch = 0
         self._execs: OrderedDict[int, int] = OrderedDict()
         """The step of each exec."""
-        self._askers: OrderedDict[Identity, _Asker] = OrderedDict()
+        self._askers: OrderedDict[Identity, Asker] = OrderedDict()
         self._first: OrderedDict[int, Moment] = OrderedDict()
         """When an exec's first request was made."""
         self._steps: deque[Opened] = deque(maxlen=MAX_STEPS)
         self._open: OrderedDict[int, Opened] = OrderedDict()
-        self._births: OrderedDict[Identity, _Birth] = OrderedDict()
+        self._births: OrderedDict[Identity, Birth] = OrderedDict()
+        self._living = Living()
         self._is_crowded = False
         """There were so many askers that some were forgotten while they lived."""
 
@@ -150,10 +127,10 @@ class Tracker:
             step = None if asker is None else asker.open.get(conversation)
             return 0 if step is None else step.number
 
-    def _asker(self, identity: Identity, exec_: int) -> _Asker:
+    def _asker(self, identity: Identity, exec_: int) -> Asker:
         asker = self._askers.get(identity)
         if asker is None:
-            asker = self._askers[identity] = _Asker(exec_, self._now())
+            asker = self._askers[identity] = Asker(exec_, self._now())
             self._first.setdefault(exec_, asker.first)
             if len(self._first) > MAX_EXECS:
                 self._first.popitem(last=False)
@@ -219,6 +196,8 @@ class Tracker:
         return replace(origin, step=cause.step, tool=cause.tool, unexplained=cause.unexplained)
 
     def look_after(self) -> None:
+        if self._living:
+            self._look_at_living()
         if not self._open:
             return
         with self._lock:
@@ -230,6 +209,20 @@ class Tracker:
                     if identity in self._askers:
                         self._drop(identity)
                 self._epoch += 1
+
+    def _look_at_living(self) -> None:
+        with self._lock:
+            processes = self._living.some()
+        found: list[tuple[Identity, bool]] = []
+        living = 0
+        for each in processes:
+            lives = self._lives(each)
+            found.append((each, lives))
+            living += lives
+            if living >= LIVING:
+                break
+        with self._lock:
+            self._living.looked_at(found, self._now())
 
     def _by_exec(self, exec_: int, *, unexplained: bool = False) -> Cause:
         return Cause(self._execs.get(exec_, 0), "", unexplained)
@@ -250,7 +243,7 @@ class Tracker:
             return Cause(open_steps[-1].number, "", False), False
         return Cause(found[0].number, found[1].id, False), False
 
-    def _of_birth(self, identity: Identity, birth: _Birth, subject: Subject | None) -> tuple[Cause, bool]:
+    def _of_birth(self, identity: Identity, birth: Birth, subject: Subject | None) -> tuple[Cause, bool]:
         if birth.is_part:
             if birth.asker is not None:
                 return self._of_asker(birth.asker, birth.exec, subject)
@@ -260,14 +253,13 @@ class Tracker:
                 self._settle(identity, birth, subject)
             elif birth.step is not None and birth.step.closed is None and not birth.tool:
                 found = find(self._open_at(identity, birth), subject)
-                if found is not None:
-                    return Cause(found[0].number, found[1].id, False), False
-                return Cause(birth.step.number, "", False), False
+                step, tool = (birth.step, "") if found is None else (found[0], found[1].id)
+                return Cause(step.number, tool, birth.is_doubtful), False
         if birth.step is None:
             return self._by_exec(birth.exec, unexplained=True), True
-        return Cause(birth.step.number, birth.tool, birth.step.closed is not None), True
+        return Cause(birth.step.number, birth.tool, birth.is_doubtful or birth.step.closed is not None), True
 
-    def _settle(self, identity: Identity, birth: _Birth, program: Program) -> None:
+    def _settle(self, identity: Identity, birth: Birth, program: Program) -> None:
         """It executes a program: which tool call has asked for that?"""
         steps = self._open_at(identity, birth)
         if birth.needs_call:
@@ -287,10 +279,11 @@ class Tracker:
         if found is not None:
             step, call = found
             birth.step, birth.tool, birth.is_settled, birth.needs_call = step, call.id, True, False
+            birth.is_doubtful = False
             if not call.taken:
                 call.taken, call.taken_by = True, birth.parent
 
-    def _open_at(self, identity: Identity, birth: _Birth) -> tuple[Opened, ...]:
+    def _open_at(self, identity: Identity, birth: Birth) -> tuple[Opened, ...]:
         """Those of its steps that are open, and were when it was born."""
         if birth.covering is None:
             birth.covering = self._covering(identity, birth.asker, birth.exec)
@@ -299,9 +292,9 @@ class Tracker:
 
     # ---- births ----
 
-    def _birth(self, descent: Descent) -> _Birth:
+    def _birth(self, descent: Descent) -> Birth:
         """What a process was born in. Its parents' births, outermost first, as they are what it has from them."""
-        known: _Birth | None = None
+        known: Birth | None = None
         for at in range(len(descent.processes) - 1, -1, -1):
             identity = descent.processes[at]
             if identity in self._askers and at > 0:
@@ -315,6 +308,8 @@ class Tracker:
                     known = birth
                     continue  # an ancestor of it may ask yet
                 self._births[identity] = birth
+                if not birth.is_part:
+                    self._living.add(identity, birth)
                 if len(self._births) > MAX_BIRTHS:
                     self._births.popitem(last=False)
             else:
@@ -328,17 +323,17 @@ class Tracker:
         self,
         identity: Identity,
         ancestors: tuple[Identity, ...],
-        parent: _Birth | None,
+        parent: Birth | None,
         exec_: int,
         leader: Identity | None,
-    ) -> _Birth:
+    ) -> Birth:
         """``parent`` is the birth of the parent, if that is there and no asker."""
         asker = next((each for each in ancestors if each in self._askers), None)
         if asker is None and parent is not None and parent.asker in self._askers:
             asker = parent.asker  # by an ancestor that is gone
         if asker is None and parent is None and leader in self._askers:
             asker = leader
-        birth = _Birth(asker, exec_, next(iter(ancestors), None))
+        birth = Birth(asker, exec_, next(iter(ancestors), None))
         first = self._first.get(exec_) if asker is None else self._askers[asker].first
         if first is None or order(identity, first) < 0:
             birth.is_part = True
@@ -348,7 +343,7 @@ class Tracker:
         if parent is not None and not parent.is_part:
             birth.step, birth.tool = parent.step, parent.tool
             if parent.step is not None and parent.step.covers(identity):
-                birth.is_settled = parent.is_settled
+                birth.is_settled, birth.is_doubtful = parent.is_settled, parent.is_doubtful
             else:
                 birth.needs_call = True
             return birth
@@ -356,6 +351,8 @@ class Tracker:
         if covering:
             birth.step = covering[-1]
             birth.tool = birth.step.only if len(covering) == 1 else ""
+            if asker is None and not ancestors:
+                birth.is_doubtful = birth.needs_call = self._living.may_have_given_away(identity, exec_)
             return birth
         above = self._births.get(asker) if asker is not None else None
         if above is not None and above.step is not None and above.step.covers(identity):
