@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -13,25 +14,29 @@ from pathlib import Path
 
 import pytest
 
-from corral.actions import Content
+from corral.actions import Action, Content, Decision, Kind, Origin, Program, Verdict
 from corral.errors import CorralError, SandboxClosed
 from corral.log.events import PayloadKept, PayloadLost, SessionStarted
 from corral.log.gaps import Gaps
 from corral.log.holdings import Holdings
 from corral.log.payload_keys import PayloadError
-from corral.log.payloads import Payload, Payloads
+from corral.log.payloads import Payload, Payloads, Shared
 from corral.log.places import open_log, open_payloads, payloads_path
 from corral.log.signing import read_keys
 from corral.log.verify import verify_log
 from corral.log.writer import Log, LogUnwritable
+from corral.monitor.records import Keeper, Tally
 from corral.policy.load import parse_policy
 from corral.sandbox import contents, core
 from corral.sandbox.box import Sandbox
+from corral.sandbox.recording import Recorder
 from tests.contain.command_line import CommandLine, adopting_orphans
 from tests.contain.conftest import MakeBox
 from tests.contain.gateway_boxes import policy_of, python
 from tests.contain.logs import Disk, events
 from tests.internet.world import Internet
+from tests.unit.model_answers import ALL, WORDS
+from tests.unit.recorded import used
 
 KEEP = parse_policy("log: {keep: {terminal: 30d, refused_flow: 1h}, keep_bytes: 1MiB}\n", source="test.yaml")
 
@@ -278,9 +283,9 @@ async def test_whoever_writes_more_than_the_disk_takes_waits(
     """And nobody else in his program does."""
     keep, go_on = Payloads.keep, threading.Event()
 
-    def slow(self: Payloads, content: Content, data: bytes, *, expires: int) -> Payload:
+    def slow(self: Payloads, content: Content, data: bytes, *, expires: int, shared: Shared | None = None) -> Payload:
         go_on.wait(60)
-        return keep(self, content, data, expires=expires)
+        return keep(self, content, data, expires=expires, shared=shared)
 
     monkeypatch.setattr(Payloads, "keep", slow)
     monkeypatch.setattr(contents, "MAX_WAITING", 1000)
@@ -441,3 +446,84 @@ async def test_a_flood_of_refused_connections_is_counted(
     kept = [event for event in events(log.directory, PayloadKept) if event.content is Content.REFUSED_FLOW]
     assert len(kept) == 2
     assert [(event.content, event.count) for event in events(log.directory, PayloadLost)] == [(Content.REFUSED_FLOW, 3)]
+
+
+# ---- calls of brokers ----
+
+CALLS = parse_policy("log: {keep: {prompt: 30d, response: 30d, query: 1d}, keep_bytes: 1MiB}\n", source="x")
+
+
+async def test_what_brokers_say_of_calls_is_kept_and_looked_back_at(
+    make_box: MakeBox, log: Log, cli: CommandLine, tmp_path: Path
+) -> None:
+    """Said by a broker of the test's, from a thread of its own, while commands run."""
+    box = await make_box(policy=CALLS, log=log)
+    assert box._core is not None
+    recorder = box._core._chronicle
+    assert isinstance(recorder, Recorder) and recorder.contents is not None
+    keeper: Keeper = recorder.contents
+    tally: Tally = recorder.session
+    origin = Origin(box.id, box.id, 1, 1)
+    given = ALL["messages stream"]
+    first = [{"role": "user", "content": "x" * 20_000}]
+    prompts = [json.dumps({"model": "m", "messages": first + [{"role": "user", "content": "go"}] * n}) for n in (1, 2)]
+
+    def broker() -> None:
+        for number, prompt in enumerate(prompts, 1):
+            keeper.keep(origin, Content.PROMPT, prompt.encode(), True, "model-1", number)
+            keeper.keep(origin, Content.RESPONSE, given.body, True, "model-1", number)
+            tally.used(
+                used(origin=origin, started=time.time(), call=number, opened=number + 100, tools=given.answer.tools)
+            )
+            acting = replace(origin, step=number + 100, tool="call_2" if number == 1 else "", unexplained=number == 2)
+            action = Action(Kind.PROCESS_EXEC, Program("/bin/true", ("true",)), acting)
+            recorder.session.write(Decision(action, Verdict.ALLOW, "process", "", "", "policy", number, time.time()))
+
+    assert (await box.exec(["true"])).exit_code == 0
+    await asyncio.to_thread(broker)
+    assert (await box.exec(["true"])).exit_code == 0
+    await ended(box, log)
+    place = log.directory
+    assert is_whole(place)
+    kept = events(place, PayloadKept)
+    assert [(each.content, each.call) for each in kept] == [
+        (content, number) for number in (1, 2) for content in (Content.PROMPT, Content.RESPONSE)
+    ]
+    store = open_payloads(place)
+    assert [store.read(each.digest).decode() for each in kept if each.content is Content.PROMPT] == prompts
+    assert kept[2].size < 100 < kept[0].size
+
+    words = ("--log", str(place))
+    tree = cli("replay", *words, "--tree").stdout.decode()
+    assert "conversation c0ffee: 2 calls, 200 tokens in, 40 out, 0.003 EUR" in tree
+    assert "read call_2: 1 actions" in tree and "unexplained: 1 actions" in tree
+    played = cli("replay", *words, "--details").stdout.decode()
+    assert WORDS in played and "First I look." in played and "[step 101, call_2]" in played
+    for option in (("--unexplained",), ("--tool", "call_2")):
+        (line,) = cli("log", "query", *words, *option).stdout.splitlines()
+        assert b"process.exec /bin/true" in line
+    (line,) = cli("log", "export", *words, "--unexplained").stdout.splitlines()
+    assert json.loads(line)["record"]["unmapped"]["corral"]["fields"]["origin"]["unexplained"] is True
+    lines = cli("log", "export", *words, "--format", "trajectories").stdout.splitlines()
+    one, two = [json.loads(line) for line in lines]
+    assert (one["text"], one["complete"], one["missing"]) == (WORDS, True, [])
+    assert [each["tool"] for each in one["actions"]] == ["call_2"] and two["actions"] == []
+    assert (two["prompt"]["messages_from"], len(two["prompt"]["messages"])) == (2, 1)
+    table = tmp_path / "turns.parquet"
+    assert cli("log", "export", *words, "--format", "trajectories-parquet", "-o", str(table)).returncode == 0
+    assert table.read_bytes()[-4:] == b"PAR1"
+    page = tmp_path / "page.html"
+    assert cli("replay", *words, "--html", str(page)).returncode == 0
+    assert "Conversation c0ffee" in page.read_text()
+    assert b"model-1 of upstream-1" in cli("log", "review", *words).stdout
+
+
+async def test_nothing_of_calls_is_kept_unless_the_policy_says_so(make_box: MakeBox, log: Log) -> None:
+    box = await make_box(policy=KEEP, log=log)
+    assert box._core is not None
+    recorder = box._core._chronicle
+    assert isinstance(recorder, Recorder) and recorder.contents is not None
+    assert recorder.contents.keeps(Content.PROMPT) == 0
+    recorder.contents.keep(Origin("b", "s"), Content.PROMPT, b"secret", True, "m")
+    await ended(box, log)
+    assert not [event for event in events(log.directory, PayloadKept) if event.content is Content.PROMPT]

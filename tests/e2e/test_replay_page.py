@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from corral.actions import Verdict
+from corral.actions import ToolCall, Verdict
+from corral.log.calls import WithCalls
+from corral.log.conversations import read_tree
+from corral.log.events import Event
 from corral.log.html import write_html
+from corral.log.payloads import Payloads
 from corral.log.timeline import Timeline
 from tests.e2e.browser import Browser, is_installed
-from tests.unit.recorded import Shelf, decision, run, session, syscall, written
+from tests.unit.recorded import ORIGIN, Shelf, decision, numbered, run, session, syscall, used, written
 
 pytestmark = pytest.mark.skipif(
     not is_installed() and not os.environ.get("CI"), reason="no browser (Debian: chromium-headless-shell)"
@@ -188,3 +193,67 @@ def test_it_plays_as_fast_as_is_said(opened: Browser, speed: str, wait: int) -> 
     assert "record 5," in status(opened)
     opened.click("#play")
     assert opened.evaluate("document.getElementById('play').textContent") == "Play"
+
+
+# ---- calls of models ----
+
+
+@pytest.fixture
+def conversations(browser: Browser, tmp_path: Path) -> Browser:
+    """A page about two conversations, one of which began the other; all that an agent can say is in them."""
+
+    def acted(step: int, tool: str = "", *, unexplained: bool = False) -> Event:
+        origin = replace(ORIGIN, step=step, tool=tool, unexplained=unexplained)
+        return decision(replace(run(), origin=origin))
+
+    calls = [ToolCall(said, said, said) for said in HOSTILE]
+    events = [
+        used(opened=5, tools=(ToolCall("call_1", "shell", "{}"), *calls)),
+        acted(5, "call_1"),
+        used(HOSTILE[0], HOSTILE[1], conversation=HOSTILE[2], parent="c0ffee", opened=6, finish=HOSTILE[3]),
+        acted(6),
+        acted(0, unexplained=True),
+        acted(5, HOSTILE[1]),
+        acted(0, unexplained=True),
+    ]
+    shelf = Shelf(written(session(*events)))
+    tree = read_tree(numbered(shelf.all))
+    store = Payloads(tmp_path / "store")
+    path = tmp_path / "page.html"
+    with path.open("w", encoding="utf-8") as file:
+        write_html(file, WithCalls(Timeline(shelf, "session-1"), store, tree), "t", tree=tree)
+    browser.open(path)
+    return browser
+
+
+def test_conversations_are_a_tree_whose_buttons_go_to_their_records(conversations: Browser) -> None:
+    assert conversations.evaluate("document.querySelectorAll('#tree > details').length") == 2
+    assert conversations.evaluate("document.querySelectorAll('#tree .depth1').length") == 1
+    conversations.evaluate("for (const each of document.querySelectorAll('#tree details')) each.open = true")
+    conversations.evaluate("document.querySelector('#tree .depth1 .place').click()")
+    assert "record 4," in status(conversations)
+    assert conversations.evaluate("document.querySelector('#items li:nth-child(4)').className") == "depth1"
+    assert (
+        conversations.evaluate("document.querySelector('#items li:nth-child(4) .step').textContent") == "step 5, call_1"
+    )
+    assert conversations.evaluate("typeof owned") == "undefined"
+    assert conversations.evaluate("document.querySelectorAll('script, iframe, img, svg, link, b').length") == 2
+
+
+def test_what_no_answer_explains_is_gone_to_and_shown_alone(conversations: Browser) -> None:
+    for number in (6, 8):
+        conversations.evaluate("document.getElementById('go').value = 'unexplained'")
+        conversations.evaluate("document.getElementById('go').focus()")
+        conversations.press("Enter")
+        assert f"record {number}," in status(conversations)
+    conversations.evaluate("document.getElementById('go').value = 'tool call_1'")
+    conversations.press("Enter")
+    assert "record 3," in status(conversations)
+    conversations.click("#unexplained")
+    assert rows(conversations) == 2
+    assert conversations.evaluate("document.querySelectorAll('#items .unexplained').length") == 2
+    conversations.click("#unexplained")
+    conversations.evaluate("document.activeElement.blur()")
+    conversations.press("/")
+    conversations.type("UNEXPLAINED")
+    assert rows(conversations) == 2

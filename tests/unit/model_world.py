@@ -181,7 +181,7 @@ class _Keeper:
     def keeps(self, content: Content) -> int:
         return self.told.keep
 
-    def keep(self, origin: Origin, content: Content, data: bytes, is_whole: bool, about: str) -> None:
+    def keep(self, origin: Origin, content: Content, data: bytes, is_whole: bool, about: str, call: int = 0) -> None:
         self.told.kept.append((content, data, is_whole, about))
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from corral.actions import Action, Content, Decision, Kind, ModelCall, Origin, Program, ToolCall, Used, Verdict
 from corral.errors import RequestError
 from corral.log.calls import WithCalls
-from corral.log.conversations import MAX_DEPTH, Tree, read_tree, tree_lines
+from corral.log.conversations import MAX_DEPTH, Tree, read_tree, tree_lines, tree_of
 from corral.log.events import Event, PayloadKept
 from corral.log.html import write_html
 from corral.log.items import Item, ItemKind
@@ -64,6 +64,7 @@ def tell(tmp_path: Path) -> Tell:
     def told(*events: Event) -> Told:
         shelf = Shelf(written(session(*events)))
         tree = read_tree(numbered(shelf.all))
+        assert tree_of(shelf, "session-1") == tree
         store = Payloads(tmp_path / "store")
         return Told(WithTerminal(WithCalls(Timeline(shelf, "session-1"), store, tree), store), tree)
 
@@ -248,6 +249,25 @@ def test_the_tree_is_bounded_and_says_what_is_left_out(monkeypatch: pytest.Monke
     assert list(tree_lines(tree))[-1] == "5 more calls are not shown: there were too many"
 
 
+def _moved(tree: Tree, by: int) -> Tree:
+    """The same, of records whose numbers are higher."""
+    conversations = tuple(
+        replace(
+            each,
+            calls=tuple(
+                replace(
+                    call,
+                    number=call.number + by,
+                    tools=tuple(replace(use, first=use.first + by * bool(use.actions)) for use in call.tools),
+                )
+                for call in each.calls
+            ),
+        )
+        for each in tree.conversations
+    )
+    return replace(tree, conversations=conversations, places=tuple(place + by for place in tree.places))
+
+
 USES = st.builds(
     lambda conversation, parent, opened, tool, name: used(
         name, conversation=conversation, parent=parent, opened=opened, tools=(ToolCall(tool, name, tool),)
@@ -266,7 +286,9 @@ ACTS = st.builds(
 @settings(max_examples=60)
 @given(st.lists(USES | ACTS, max_size=8))
 def test_whatever_records_say_the_tree_is_printable_and_each_call_is_in_it(events: list[Event]) -> None:
-    tree = read_tree(numbered(written(session(*events))))
+    entries = written(session(*events))
+    tree = read_tree(numbered(entries))
+    assert tree_of(Shelf([*written([did(4)], "session-2"), b"{}", *entries]), "session-1") == _moved(tree, 2)
     assert all(line.isprintable() for line in tree_lines(tree))
     calls = [call for each in tree.conversations for call in each.calls]
     assert len(calls) == sum(isinstance(event, Used) for event in events)

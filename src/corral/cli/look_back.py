@@ -117,9 +117,9 @@ def replay(
     """Plays a session, prints its conversations, writes it as a page, says what another policy would have decided, or
     runs it again. Returns the exit code."""
     from corral.log.calls import WithCalls
-    from corral.log.conversations import read_tree, tree_lines
+    from corral.log.conversations import tree_lines, tree_of
     from corral.log.terminal import WithTerminal
-    from corral.log.timeline import Timeline, session_records
+    from corral.log.timeline import Timeline
 
     reader = Reader(directory_of(log))
     name = _session(reader, session)
@@ -131,7 +131,7 @@ def replay(
         return rerun(reader, name, policy, variables, as_json=as_json)
     if policy is not None:
         return _what_if(reader, name, policy, as_json=as_json)
-    said = read_tree(session_records(reader, name))
+    said = tree_of(reader, name)
     if tree:
         _print_tree(said, tree_lines(said), as_json=as_json)
         return 0

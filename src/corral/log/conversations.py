@@ -7,14 +7,16 @@ An answer's actions are those of the step that it opened. All of it is made of r
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from corral.actions import Decision, Kind, ToolCall, Used
 from corral.log.digest import Spend
 from corral.log.items import shown_line
 from corral.log.narration import money
-from corral.log.records import Record
+from corral.log.records import Record, summary
 from corral.log.spending import Spent
+from corral.log.timeline import Entries, read_record, session_mark
 
 MAX_CONVERSATIONS = 1000
 MAX_CALLS = 20_000
@@ -25,6 +27,8 @@ MAX_DEPTH = 8
 """Deeper conversations are shown as deep."""
 MAX_UNEXPLAINED = 1000
 """Records of which no answer explains the action, whose numbers are kept."""
+_USED, _DECISION, _UNEXPLAINED = b'"event":"used"', b'"event":"decision"', b'"unexplained":true'
+"""A quotation mark within a text is escaped in JSON, so no text of an agent can look like them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +93,11 @@ class _Step:
         self.counts: dict[str, list[int]] = {}
         """By tool call: actions, refusals, first record."""
 
-    def did(self, tool: str, number: int, decision: Decision) -> None:
-        known = tool if tool in self.tools else ""
+    def did(self, number: int, done: _Done) -> None:
+        known = done.tool if done.tool in self.tools else ""
         counts = self.counts.setdefault(known, [0, 0, number])
-        counts[0] += decision.count
-        counts[1] += decision.count * (not decision.allowed)
+        counts[0] += done.count
+        counts[1] += done.count * done.is_refused
 
     def uses(self) -> tuple[ToolUse, ...]:
         ids = [*self.tools, *([""] if "" in self.counts and "" not in self.tools else [])]
@@ -115,52 +119,113 @@ class _Growing:
 
 def read_tree(records: Iterable[tuple[int, Record]]) -> Tree:
     """The tree of the records of one session, in their order. Raises what taking a record raises."""
-    found: dict[str, _Growing] = {}
-    roots: list[str] = []
-    steps: dict[int, _Step] = {}
-    of_step: dict[int, str] = {}
-    unexplained = left_out = calls = 0
-    places: list[int] = []
+    reading = _Reading()
     for number, record in records:
         event = record.event
-        if isinstance(event, Decision):
+        if isinstance(event, Used):
+            reading.used(number, event)
+        elif isinstance(event, Decision):
             origin = event.action.origin
-            if origin.unexplained:
-                unexplained += event.count
-                if len(places) < MAX_UNEXPLAINED:
-                    places.append(number)
-            # Asking a model is how a step ends, not what it is for.
-            elif origin.step in steps and event.action.kind is not Kind.MODEL_CALL:
-                steps[origin.step].did(origin.tool, number, event)
-        elif isinstance(event, Used) and event.kind is Kind.MODEL_CALL:
-            growing = found.get(event.conversation)
-            if calls >= MAX_CALLS or (growing is None and len(found) >= MAX_CONVERSATIONS):
-                left_out += 1
-                continue
-            calls += 1
-            if growing is None:
-                # A parent must have been there before: so there is no circle, whatever records say.
-                parent = event.parent if event.parent in found else ""
-                depth = min(found[parent].depth + 1, MAX_DEPTH) if parent else 0
-                growing = found[event.conversation] = _Growing(event.parent, depth)
-                (found[parent].children if parent else roots).append(event.conversation)
-            step = _Step(event.tools)
-            growing.calls.append((number, _without_texts(event), step))
-            growing.spent.take(event)
-            if event.opened:
-                steps[event.opened], of_step[event.opened] = step, event.conversation
-    return Tree(
-        tuple(_conversation(name, found[name]) for name in _in_order(roots, found)),
-        {step: (shown_line(name, 80), found[name].depth) for step, name in of_step.items()},
-        {
-            (number, shown_line(id_)): shown_line(name, 60)
-            for number, step in steps.items()
-            for id_, name in step.tools.items()
-        },
-        unexplained,
-        tuple(places),
-        left_out,
-    )
+            done = _Done(origin.step, origin.tool, event.action.kind.value, event.count, not event.allowed)
+            reading.did(number, done, is_unexplained=origin.unexplained)
+    return reading.tree()
+
+
+def tree_of(log: Entries, session: str) -> Tree:
+    """The tree of a session of a log, of whose records only those are parsed that have a part in it.
+
+    What is no record is passed over. Raises NoteError or LogDamaged.
+    """
+    reading, wanted = _Reading(), session_mark(session)
+    for number, entry in log.entries():
+        if wanted not in entry:
+            continue
+        if _USED in entry:
+            record = read_record(entry)
+            if record is not None and record.context.session == session and isinstance(record.event, Used):
+                reading.used(number, record.event)
+        elif _DECISION in entry and (reading.has_steps or _UNEXPLAINED in entry):
+            with suppress(ValueError, RecursionError):
+                found = summary(entry)
+                if found.session == session:
+                    done = _Done(found.step, found.tool, found.action, found.count, found.verdict != "allow")
+                    reading.did(number, done, is_unexplained=bool(found.unexplained))
+    return reading.tree()
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What is looked at of a decision."""
+
+    step: int
+    tool: str
+    action: str
+    count: int
+    is_refused: bool
+
+
+class _Reading:
+    """What was read of a session up to here."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, _Growing] = {}
+        self._roots: list[str] = []
+        self._steps: dict[int, _Step] = {}
+        self._of_step: dict[int, str] = {}
+        self._unexplained = self._left_out = self._calls = 0
+        self._places: list[int] = []
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether an answer has opened one."""
+        return bool(self._steps)
+
+    def did(self, number: int, done: _Done, *, is_unexplained: bool) -> None:
+        """Takes a decision."""
+        if is_unexplained:
+            self._unexplained += done.count
+            if len(self._places) < MAX_UNEXPLAINED:
+                self._places.append(number)
+        # Asking a model is how a step ends, not what it is for.
+        elif done.step in self._steps and done.action != Kind.MODEL_CALL.value:
+            self._steps[done.step].did(number, done)
+
+    def used(self, number: int, used: Used) -> None:
+        """Takes the account of a call."""
+        if used.kind is not Kind.MODEL_CALL:
+            return
+        found, name = self._found, used.conversation
+        growing = found.get(name)
+        if self._calls >= MAX_CALLS or (growing is None and len(found) >= MAX_CONVERSATIONS):
+            self._left_out += 1
+            return
+        self._calls += 1
+        if growing is None:
+            # A parent must have been there before: so there is no circle, whatever records say.
+            parent = used.parent if used.parent in found else ""
+            depth = min(found[parent].depth + 1, MAX_DEPTH) if parent else 0
+            growing = found[name] = _Growing(used.parent, depth)
+            (found[parent].children if parent else self._roots).append(name)
+        step = _Step(used.tools)
+        growing.calls.append((number, _without_texts(used), step))
+        growing.spent.take(used)
+        if used.opened:
+            self._steps[used.opened], self._of_step[used.opened] = step, name
+
+    def tree(self) -> Tree:
+        found = self._found
+        return Tree(
+            tuple(_conversation(name, found[name]) for name in _in_order(self._roots, found)),
+            {step: (shown_line(name, 80), found[name].depth) for step, name in self._of_step.items()},
+            {
+                (number, shown_line(id_)): shown_line(name, 60)
+                for number, step in self._steps.items()
+                for id_, name in step.tools.items()
+            },
+            self._unexplained,
+            tuple(self._places),
+            self._left_out,
+        )
 
 
 def _without_texts(used: Used) -> Used:

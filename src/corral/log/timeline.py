@@ -88,7 +88,7 @@ class Timeline(Sequence[Item]):
     def _look_through(self) -> None:
         """Looks at four fields by their place in canonical JSON: to parse every record would take ten times as long. A
         quotation mark within a text is escaped there, so no text of an agent can look like them."""
-        wanted = _mark(self.session)
+        wanted = session_mark(self.session)
         fields = re.compile(re.escape(b'"metadata":{' + wanted) + _FIELDS, re.DOTALL)
         offset, last = 0.0, (0, 0, 0)
         for number, entry in self._log.entries():
@@ -173,7 +173,7 @@ def _between(last: tuple[int, ...], now: tuple[int, ...]) -> float:
     return max(0, passed) / MICROSECONDS
 
 
-def _mark(session: str) -> bytes:
+def session_mark(session: str) -> bytes:
     """What stands in every entry of a session."""
     return b'"correlation_uid":' + json.dumps(session, ensure_ascii=False).encode(errors="replace")
 
@@ -194,7 +194,7 @@ def session_records(log: Entries, session: str | None = None) -> Iterator[tuple[
 
     Entries that are no records that are known here are left out. Raises NoteError or LogDamaged.
     """
-    wanted = b"" if session is None else _mark(session)
+    wanted = b"" if session is None else session_mark(session)
     for number, entry in log.entries():
         record = read_record(entry) if wanted in entry else None  # much faster than to parse all
         if record is not None and (session is None or record.context.session == session):
