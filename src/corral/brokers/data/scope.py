@@ -49,6 +49,15 @@ MASK = "***"
 
 
 @dataclass(frozen=True, slots=True)
+class Beside:
+    """What the filter of a table reads that is not of the table."""
+
+    tables: frozenset[str] = frozenset()
+    """Names in lower case."""
+    functions: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class Table:
     """A table of the scope, and how it is written."""
 
@@ -64,6 +73,7 @@ class Table:
     none."""
     filtered: frozenset[str]
     """Keys of the columns that the filter reads."""
+    beside: Beside
 
     @property
     def place(self) -> str:
@@ -137,16 +147,20 @@ def _compile(table: TableScope, source: Source) -> Table:
     keys = [key(column.name, dialect) for column in table.columns]
     if not columns or len(set(keys)) < len(keys):
         raise RequestError(f"the table {table.name!r} of {source.name!r} has no column, or one that is named twice")
-    rows, filtered = _condition(table, name, dialect)
-    compiled = Table(table, schema or _SCHEMAS.get(dialect, ""), name, dialect, columns, rows, filtered)
+    if "." in schema:
+        raise RequestError(f"the table {table.name!r} of {source.name!r} is not named TABLE or SCHEMA.TABLE")
+    rows, filtered, beside = _condition(table, name, dialect)
+    compiled = Table(table, schema or _SCHEMAS.get(dialect, ""), name, dialect, columns, rows, filtered, beside)
     compiled.fence()  # its names can be written
     return compiled
 
 
-def _condition(table: TableScope, name: str, dialect: Dialect) -> tuple[str, frozenset[str]]:
+def _condition(
+    table: TableScope, name: str, dialect: Dialect
+) -> tuple[str, frozenset[str], Beside]:
     """The filter, written anew, so that whatever it is cannot end the parenthesis that it stands in."""
     if not table.rows.strip():
-        return "", frozenset()
+        return "", frozenset(), Beside()
     wrong = RequestError(f"rows of the table {table.name!r} is not one condition: {table.rows[:200]!r}")
     try:
         found = sqlglot.parse(f"SELECT 1 WHERE (\n{table.rows}\n)", read=SQLGLOT[dialect])
@@ -164,4 +178,9 @@ def _condition(table: TableScope, name: str, dialect: Dialect) -> tuple[str, fro
         if column.table and key(column.table, dialect) == key(name, dialect):
             column.set("table", None)  # the table has other names where it is changed
     text = condition.sql(dialect=SQLGLOT[dialect], comments=False)
-    return text, frozenset(key(column.name, dialect) for column in columns)
+    functions = (node.name if isinstance(node, exp.Anonymous) else node.sql_name() for node in condition.find_all(exp.Func))
+    beside = Beside(
+        frozenset(other.name.lower() for other in condition.find_all(exp.Table)),
+        frozenset(function.lower() for function in functions),
+    )
+    return text, frozenset(key(column.name, dialect) for column in columns), beside
