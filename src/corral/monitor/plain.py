@@ -111,8 +111,9 @@ def _list(values: tuple[Any, ...], bounds: Bounds) -> tuple[list[Any], bool]:
 
 @cache
 def _hints(kind: type[Any]) -> Mapping[str, Any]:
-    hints = get_type_hints(kind)
-    return {name: hints[name] for name in _names(kind) or ()}
+    """The types of the same fields."""
+    hints, names = get_type_hints(kind), _names.__wrapped__(kind)
+    return {name: hints[name] for name in names or ()}
 
 
 def from_plain(wanted: Any, given: Any, **known: object) -> Any:

@@ -100,7 +100,9 @@ class Binder:
 
     # ---- queries ----
 
-    def query(self, node: exp.Expr, commons: _Commons | None = None, parent: _Level | None = None) -> tuple[_Output, ...]:
+    def query(
+        self, node: exp.Expr, commons: _Commons | None = None, parent: _Level | None = None
+    ) -> tuple[_Output, ...]:
         """Binds a query; returns its columns."""
         known = self._with(node, dict(commons or {}), parent)
         if type(node) is exp.Select:
@@ -230,7 +232,10 @@ class Binder:
             if table is None:
                 raise QueryRefused(f"there is no table {name[:63]!r} here")
             number = self.fence(table)
-            outputs, written = tuple(_Output(column.name, table, column) for column in table.columns), f"{FENCE}{number}"
+            outputs, written = (
+                tuple(_Output(column.name, table, column) for column in table.columns),
+                f"{FENCE}{number}",
+            )
             name = table.name
         if alias is not None and alias.args.get("this") is not None:
             name = self._own_name(alias.this)
@@ -282,7 +287,9 @@ class Binder:
         if column is None:
             raise QueryRefused(f"there is no column {wanted[:63]!r} here")
         if column.use is not ColumnUse.SHOW:
-            raise QueryRefused(f"the column {column.name!r} is hidden, and cannot be written or computed with in a change")
+            raise QueryRefused(
+                f"the column {column.name!r} is hidden, and cannot be written or computed with in a change"
+            )
         self.touch(table, column)
         return column
 
@@ -388,7 +395,12 @@ class Binder:
                 continue
             relation, output = found[0]
             position = level.relations.index(relation)
-            if relation.fence < 0 or not certain[position] or output.column is None or output.column.use is not ColumnUse.SHOW:
+            if (
+                relation.fence < 0
+                or not certain[position]
+                or output.column is None
+                or output.column.use is not ColumnUse.SHOW
+            ):
                 continue
             copy = part.copy()
             copy.this.replace(exp.column(exp.to_identifier(output.name, quoted=True)))

@@ -96,9 +96,7 @@ class Desk:
 
     async def ask(self, text: str, parameters: object, origin: Origin) -> Outcome:
         """Answers a query, and accounts for it."""
-        cause_of = getattr(self._setting.steps, "cause_of", None)
-        if cause_of is not None:
-            origin = cause_of(origin, Query(self.source.name, ""))
+        origin = self._setting.steps.cause_of(origin, Query(self.source.name, ""))
         self._keep(text, parameters, origin)
         account, began = _Account(), time.time()
         started = time.monotonic()
@@ -173,13 +171,14 @@ class Desk:
         try:
             return self._plans.find(text)
         except NeedsKeys as needed:
-            session = await self._pool.lease(writes=False)
-            try:
-                keys = await self._pool.use(session, lambda: session.keys(needed.table))
-            finally:
-                self._pool.give_back(session, writes=False)
-            self._plans.keys[needed.table] = keys
-            return self._plans.find(text)
+            table = needed.table
+        session = await self._pool.lease(writes=False)
+        try:
+            keys = await self._pool.use(session, lambda: session.keys(table))
+        finally:
+            self._pool.give_back(session, writes=False)
+        self._plans.keys[table] = keys
+        return self._plans.find(text)
 
     async def _decide(self, query: Query, origin: Origin, account: _Account, own: Opinion | None = None) -> None:
         decision = await self._setting.decide(Kind.DATA_QUERY, query, origin, own=own)

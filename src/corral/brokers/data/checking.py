@@ -65,7 +65,9 @@ def _check_plain(node: exp.Expr, name: str, value: object) -> None:
 def check_name(name: str) -> None:
     """Whether an agent may call something so. Raises QueryRefused."""
     if not _NAME.fullmatch(name) or name.lower().startswith(RESERVED):
-        raise QueryRefused("a name of the query may have 63 letters, digits, blanks and underscores, not from corral_ on")
+        raise QueryRefused(
+            "a name of the query may have 63 letters, digits, blanks and underscores, not from corral_ on"
+        )
 
 
 def _literal(node: exp.Expr, dialect: Dialect) -> None:
@@ -102,7 +104,11 @@ def _var(node: exp.Expr, dialect: Dialect) -> None:
 
 def _interval(node: exp.Expr, dialect: Dialect) -> None:
     amount = node.this
-    if type(amount) is not exp.Literal or not re.fullmatch(r"-?[0-9]{1,9}", str(amount.this)) or not node.args.get("unit"):
+    if (
+        type(amount) is not exp.Literal
+        or not re.fullmatch(r"-?[0-9]{1,9}", str(amount.this))
+        or not node.args.get("unit")
+    ):
         raise QueryRefused("an interval is a whole number and a unit")
 
 
@@ -121,7 +127,7 @@ def _type(node: exp.Expr, dialect: Dialect) -> None:
         raise QueryRefused("a value cannot be cast to this type here")
     for parameter in node.expressions:
         inner = parameter.this if type(parameter) is exp.DataTypeParam else None
-        if not _integer(inner) or int(str(inner.this)) > grammar.MAX_TYPE_PARAMETER:
+        if inner is None or not _integer(inner) or int(str(inner.this)) > grammar.MAX_TYPE_PARAMETER:
             raise QueryRefused("a value cannot be cast to this type here")
 
 

@@ -1,5 +1,6 @@
-"""DuckDB. It runs in our process, so it has no way to files, networks and extensions, and no settings that a query could
-change. Its optimiser moves conditions through subqueries and orders them by what it has measured; only those of its
+"""DuckDB.
+
+It runs in our process, so it has no way to files, networks and extensions, and no settings that a query could change. Its optimiser moves conditions through subqueries and orders them by what it has measured; only those of its
 steps are left on that change neither where nor on which rows an expression is evaluated."""
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ except ImportError:
 _OPTIMISERS = frozenset("unused_columns column_lifetime top_n".split())
 """What is left on. Whatever a newer version brings is off."""
 _SETTINGS = (
-    "SET enable_external_access = false",
+    "SET temp_directory = ''",
+    "SET enable_external_access = false",  # nor can the one before be changed after it
     "SET autoinstall_known_extensions = false",
     "SET autoload_known_extensions = false",
     "SET allow_community_extensions = false",
-    "SET temp_directory = ''",
     "SET memory_limit = '512MB'",
     "SET threads = 2",
     "SET TimeZone = 'UTC'",
@@ -48,9 +49,9 @@ class Database:
             off = ",".join(name for name in known if name not in _OPTIMISERS)
             self.connection.execute(f"SET disabled_optimizers = '{off}'")
             self.connection.execute("SET lock_configuration = true")
-        except BaseException:
+        except duckdb.Error:
             self.connection.close()
-            raise
+            raise SourceFault(Fault.UNREACHABLE) from None
 
     def close(self) -> None:
         """Ends all sessions."""

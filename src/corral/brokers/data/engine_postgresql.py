@@ -159,4 +159,3 @@ class _Portal:
     def fetchmany(self, count: int) -> list[tuple[Any, ...]]:
         found: list[tuple[Any, ...]] = self._fetch(count).fetchall()
         return found
-

@@ -1,5 +1,8 @@
-"""SQLite: the standard library's. The database runs in our process, so it has walls of its own: an authorizer that knows
-the scope, limits, and no way to another file."""
+"""SQLite: the standard library's.
+
+The database runs in our process, so it has walls of its own: an authorizer that knows the scope, limits, and no way to
+another file.
+"""
 
 from __future__ import annotations
 

@@ -69,5 +69,7 @@ def check(text: str) -> None:
             raise QueryRefused(f"this is not supported in a query: {word[:40].lower()}()")
 
 
-_CALLED = _TYPES_WITH_SIZE | frozenset("AND AS CAST EXISTS FILTER IN NOT ON OR OVER USING VALUES WHEN WHERE DISTINCT".split())
+_CALLED = _TYPES_WITH_SIZE | frozenset(
+    "AND AS CAST EXISTS FILTER IN NOT ON OR OVER USING VALUES WHEN WHERE DISTINCT".split()
+)
 """What an opening parenthesis may follow at once without being a function."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sqlglot
-from sqlglot import exp
+from sqlglot import Token, TokenType, exp
 from sqlglot.errors import SqlglotError
-from sqlglot.tokens import Token, TokenType
 
 from corral.brokers.data.faults import QueryRefused
 from corral.brokers.data.grammar import MAX_NESTING, MAX_TEXT, MAX_TOKENS, SQLGLOT

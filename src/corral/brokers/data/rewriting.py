@@ -44,14 +44,18 @@ class Texts:
             pattern = isinstance(parent, exp.Like | exp.ILike) and node.arg_key == "expression"
             if type(node) is exp.Placeholder:
                 self._mark(node, Slot(str(node.this), parameter=True, pattern=pattern))
-            elif type(node) is exp.Literal and node.args.get("is_string"):
-                if not isinstance(parent, exp.Interval) and node.arg_key != "separator":  # which have their own form
-                    self._mark(node, Slot(str(node.this), pattern=pattern))
+            elif type(node) is exp.Literal and node.args.get("is_string") and not _has_own_form(node):
+                self._mark(node, Slot(str(node.this), pattern=pattern))
 
     def _mark(self, node: exp.Expr, slot: Slot) -> None:
         if slot not in self.slots:
             self.slots.append(slot)
         node.replace(exp.Literal.string(f"\ue000{self.slots.index(slot)}\ue000"))
+
+
+def _has_own_form(text: exp.Expr) -> bool:
+    """Whether the generator must see it; then it was looked at."""
+    return isinstance(text.parent, exp.Interval) or text.arg_key == "separator"
 
 
 def generate(tree: exp.Expr, dialect: Dialect) -> str:

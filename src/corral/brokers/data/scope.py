@@ -155,9 +155,7 @@ def _compile(table: TableScope, source: Source) -> Table:
     return compiled
 
 
-def _condition(
-    table: TableScope, name: str, dialect: Dialect
-) -> tuple[str, frozenset[str], Beside]:
+def _condition(table: TableScope, name: str, dialect: Dialect) -> tuple[str, frozenset[str], Beside]:
     """The filter, written anew, so that whatever it is cannot end the parenthesis that it stands in."""
     if not table.rows.strip():
         return "", frozenset(), Beside()
@@ -178,7 +176,9 @@ def _condition(
         if column.table and key(column.table, dialect) == key(name, dialect):
             column.set("table", None)  # the table has other names where it is changed
     text = condition.sql(dialect=SQLGLOT[dialect], comments=False)
-    functions = (node.name if isinstance(node, exp.Anonymous) else node.sql_name() for node in condition.find_all(exp.Func))
+    functions = (
+        node.name if isinstance(node, exp.Anonymous) else node.sql_name() for node in condition.find_all(exp.Func)
+    )
     beside = Beside(
         frozenset(other.name.lower() for other in condition.find_all(exp.Table)),
         frozenset(function.lower() for function in functions),

@@ -71,14 +71,16 @@ def target(tree: exp.Expr, scope: Scope) -> Table:
     for name, value in node.args.items():
         if value and name not in ("this", "db", "alias"):
             raise QueryRefused("a change is of one table, by its name")
-    schema, name = (
-        None if part is None else fold(str(part.this), quoted=bool(part.args.get("quoted")), dialect=scope.dialect)
-        for part in (node.args.get("db"), node.this)
-    )
-    table = scope.find(schema, name or "")
+    schema = node.args.get("db")
+    name = _folded(node.this, scope.dialect)
+    table = scope.find(None if schema is None else _folded(schema, scope.dialect), name)
     if table is None:
-        raise QueryRefused(f"there is no table {(name or '')[:63]!r} here")
+        raise QueryRefused(f"there is no table {name[:63]!r} here")
     return table
+
+
+def _folded(identifier: exp.Expr, dialect: Dialect) -> str:
+    return fold(str(identifier.this), quoted=bool(identifier.args.get("quoted")), dialect=dialect)
 
 
 class _Writer:
@@ -139,8 +141,7 @@ class _Writer:
                 continue
             known = None
             if type(expression) is exp.Column and type(expression.this) is exp.Identifier:
-                quoted = bool(expression.this.args.get("quoted"))
-                known = table.column(fold(str(expression.this.this), quoted=quoted, dialect=self._dialect))
+                known = table.column(_folded(expression.this, self._dialect))
             if known is None:
                 raise QueryRefused("RETURNING has names of columns only")
             found.append(known)
@@ -197,11 +198,12 @@ class _Writer:
         if alias is not None:
             if alias.args.get("columns"):
                 raise QueryRefused("this is not supported in a query: table with columns")
-            identifier = alias.this
-            name = fold(str(identifier.this), quoted=bool(identifier.args.get("quoted")), dialect=self._dialect)
+            name = _folded(alias.this, self._dialect)
             check_name(name)
         chosen = self._chosen(tree, name)
-        assignments = ", ".join(self._assignment(each, table, name) for each in tree.expressions) if word == "update" else ""
+        assignments = (
+            ", ".join(self._assignment(each, table, name) for each in tree.expressions) if word == "update" else ""
+        )
         own = [f"corral_key{number}" for number in range(len(self._keys))]
         real = [key if self._dialect in _ROW_KEYS else quote(key, self._dialect) for key in self._keys]
         extra = "".join(f"{there} AS {here}, " for there, here in zip(real, own, strict=True))
@@ -211,7 +213,9 @@ class _Writer:
         before = found.replace("SELECT 1 FROM", f"SELECT {seen} FROM", 1) + f" LIMIT {PREVIEW}"
         within = f"({table.rows})" if table.rows else "(1 = 1)"
         place = table.place
-        if self._dialect is Dialect.MYSQL:  # which changes no table that a subquery of the statement reads, but joins it
+        if (
+            self._dialect is Dialect.MYSQL
+        ):  # which changes no table that a subquery of the statement reads, but joins it
             on = " AND ".join(f"{place}.{there} = corral_keys.{here}" for there, here in zip(real, own, strict=True))
             joined = f"{place} JOIN ({keys} LIMIT 18446744073709551615) AS corral_keys ON {on}"
             if word == "update":
