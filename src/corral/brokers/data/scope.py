@@ -150,6 +150,9 @@ def _compile(table: TableScope, source: Source) -> Table:
     if "." in schema:
         raise RequestError(f"the table {table.name!r} of {source.name!r} is not named TABLE or SCHEMA.TABLE")
     rows, filtered, beside = _condition(table, name, dialect)
+    if dialect is Dialect.DUCKDB and beside.tables and set(table.statements) - {"select"}:
+        # It cannot look at another table in RETURNING, where a changed row is held against the filter.
+        raise RequestError(f"rows of the table {table.name!r} reads another table, so DuckDB cannot have it changed")
     compiled = Table(table, schema or _SCHEMAS.get(dialect, ""), name, dialect, columns, rows, filtered, beside)
     compiled.fence()  # its names can be written
     return compiled
