@@ -17,13 +17,13 @@ from typing import Any
 import duckdb
 import psycopg
 
-from corral.actions import Content, Decision, Opinion, Origin, ToolCall, Used, Verdict
+from corral.actions import Content, Decision, Origin, Used
 from corral.approvals.queue import Queue
 from corral.brokers.data.calls import Desk
 from corral.brokers.data.scope import MASK
 from corral.brokers.setting import Setting
 from corral.monitor.core import Monitor
-from corral.monitor.steps import Steps
+from corral.monitor.steps import Execs
 from corral.policy.model import Column, ColumnUse, Data, DataLimits, DataRule, Dialect, Policy, Source, TableScope
 from corral.policy.part import PolicyPart
 from tests.unit.databases import PASSWORD, admin, maria_root
@@ -139,7 +139,9 @@ def make_postgresql(port: int, database: str, *, oracle: bool) -> None:
         )
     with psycopg.connect(admin(port, database), autocommit=True) as connection:
         connection.execute((_CREATE_ORACLE if oracle else _CREATE).format(text="TEXT").encode())
-        _fill(lambda sql, row: connection.execute(sql.encode(), row), "%s", oracle=Dialect.POSTGRESQL if oracle else None)
+        _fill(
+            lambda sql, row: connection.execute(sql.encode(), row), "%s", oracle=Dialect.POSTGRESQL if oracle else None
+        )
         # More than the scope has: it must hold by itself.
         connection.execute(b"GRANT ALL ON ALL TABLES IN SCHEMA public TO scoped")
         connection.execute(b"ANALYZE")
@@ -201,27 +203,13 @@ class Keeper:
         self._told.kept.append((content, data, is_whole, about))
 
 
-class NoSteps(Steps):
-    def next(self) -> int:
-        return 0
-
-    def asked(self, origin: Origin, conversation: str) -> None:
-        pass
-
-    def answered(self, origin: Origin, conversation: str, tools: Sequence[ToolCall]) -> int:
-        return 0
-
-    def cause_of(self, origin: Origin, subject: object = None) -> Origin:
-        return origin
-
-
 ALL = Data(allow=(DataRule("crm", ("select", "insert", "update", "delete")),))
 
 
 def setting_of(source: Source, told: Told, *, data: Data = ALL, queue: Queue | None = None) -> Setting:
     policy = Policy(data=replace(data, sources=(source,)))
     monitor = Monitor(policy=PolicyPart(policy), sink=told, approvals=queue, on_kill=told.ends.append)
-    return Setting("box", "box", policy, monitor, NoSteps(), (Tally(told),), Keeper(told), told.ends.append, "")
+    return Setting("box", "box", policy, monitor, Execs(), (Tally(told),), Keeper(told), told.ends.append, "")
 
 
 class World:
@@ -240,7 +228,3 @@ class World:
         assert status == 200, body
         found: list[list[Any]] = body["rows"]
         return found
-
-
-def unpublished(opinion: Opinion) -> bool:
-    return opinion.verdict is Verdict.ALLOW

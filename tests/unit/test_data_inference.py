@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -198,10 +198,12 @@ def _duckdb(path: Path) -> Iterator[Touched]:
 
 
 @pytest.fixture(scope="module", params=list(Dialect), ids=lambda dialect: dialect.value)
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Dialect, Touched]]:
+def engine(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Dialect, Touched]]:
     dialect: Dialect = request.param
     path = tmp_path_factory.mktemp(dialect.value)
-    makers = {
+    makers: dict[Dialect, Callable[[], AbstractContextManager[Touched]]] = {
         Dialect.POSTGRESQL: _postgresql,
         Dialect.MYSQL: _mysql,
         Dialect.SQLITE: lambda: _sqlite(path),

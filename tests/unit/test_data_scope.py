@@ -17,7 +17,6 @@ import pymysql
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from corral.brokers.data import pool
 from corral.brokers.data.values import to_json
 from corral.policy.model import Dialect
 from tests.unit import data_queries, databases
@@ -72,7 +71,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def key() -> Iterator[None]:
-    with mock.patch.object(pool.secrets, "token_hex", lambda count: KEY):
+    with mock.patch("secrets.token_hex", lambda count: KEY):
         yield
 
 

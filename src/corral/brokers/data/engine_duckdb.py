@@ -1,7 +1,9 @@
 """DuckDB.
 
-It runs in our process, so it has no way to files, networks and extensions, and no settings that a query could change. Its optimiser moves conditions through subqueries and orders them by what it has measured; only those of its
-steps are left on that change neither where nor on which rows an expression is evaluated."""
+It runs in our process, so it has no way to files, networks and extensions, and no settings that a query could change.
+Its optimiser moves conditions through subqueries and orders them by what it has measured; only those of its steps are
+left on that change neither where nor on which rows an expression is evaluated.
+"""
 
 from __future__ import annotations
 
@@ -60,6 +62,8 @@ class Database:
 
 class DuckdbSession(Session):
     """A connection of its own to the database."""
+
+    grace = 0.0  # it has no clock
 
     def __init__(self, source: Source, database: Database, key: str) -> None:
         super().__init__(source)

@@ -7,7 +7,7 @@ import ssl
 from typing import Any
 
 from corral.brokers.data.addresses import Place, is_near
-from corral.brokers.data.faults import Fault, NotThere, SourceFault
+from corral.brokers.data.faults import Fault, NotThere, SourceFault, TooMuch
 from corral.brokers.data.scope import Table
 from corral.brokers.data.sessions import Session
 from corral.policy.model import Source
@@ -110,6 +110,8 @@ class MysqlSession(Session):
         # The protocol has no way to leave out the rest of a result but to read it, or to end the connection.
         self.is_broken = True
         self._connection._force_close()
+        cursor._result.unbuffered_active = False  # else it reads on when it is collected
+        cursor.connection = None
 
     def _end(self, *, commit: bool) -> None:
         if not self._connection.open:
@@ -124,7 +126,9 @@ class MysqlSession(Session):
     def _cost(self, sql: str) -> float:
         (text,) = self._run(f"EXPLAIN FORMAT=JSON {sql}").fetchone()
         costs = list(_costs(json.loads(text)))
-        return max(costs) if costs else float("inf")
+        if not costs:  # MariaDB before 11
+            raise TooMuch("This source does not say what a query costs, and there is a bound for that: nothing is run.")
+        return max(costs)
 
     def keys(self, table: Table) -> tuple[str, ...]:
         with self._guarded():

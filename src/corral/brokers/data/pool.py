@@ -20,8 +20,6 @@ from corral.brokers.data.sessions import Session
 from corral.policy.model import Dialect, Source
 
 _T = TypeVar("_T")
-_GRACE = 2.0
-"""Seconds after the time of a query within which a database should have ended it by itself."""
 _LEAVE = 10.0
 """Seconds for a query that was cancelled to end; what does not is left alone with its session."""
 
@@ -127,7 +125,7 @@ class Pool:
         """Has the session do something, within the time of a query. What is cancelled is cancelled in the database, and
         waited for. Raises what it raises."""
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(self._source.limits.time + _GRACE, self._aside, session.expire)
+        timer = loop.call_later(self._source.limits.time + session.grace, self._aside, session.expire)
         future = loop.run_in_executor(self._threads, work)
         try:
             return await asyncio.shield(future)

@@ -59,6 +59,9 @@ class Change:
 class Session(ABC):
     """One connection."""
 
+    grace = 2.0
+    """Seconds after the time of a query within which the database should have ended it by itself."""
+
     def __init__(self, source: Source) -> None:
         self._source = source
         self._limits = source.limits
