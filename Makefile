@@ -21,8 +21,9 @@ CLANG ?= clang
 # Debian packages: CORE builds Corral and runs the demo, TEST is what tests and benchmarks run inside sandboxes.
 CORE_PACKAGES := gcc libc6-dev make python3-venv git openssh-client
 TEST_PACKAGES := $(CORE_PACKAGES) acl bubblewrap chromium-headless-shell curl dbus-bin dbus-daemon dnsutils gdb golang-go \
-  golang-golang-x-mod-dev iodine iproute2 iputils-ping less libcap2-bin libseccomp2 ncat netcat-openbsd nftables nmap \
-  nodejs openssh-server perl procps python3-pip socat softhsm2 sqlite3 strace tmux uidmap vim xz-utils
+  golang-golang-x-mod-dev iodine iproute2 iputils-ping less libcap2-bin libseccomp2 mariadb-server ncat \
+  netcat-openbsd nftables nmap nodejs openssh-server perl postgresql procps python3-pip socat softhsm2 sqlite3 strace \
+  tmux uidmap vim xz-utils
 # Debian's npm is 300 packages, and does not go with a Node.js of another origin, which brings its own.
 TEST_PACKAGES += $(if $(shell command -v npm),,npm)
 

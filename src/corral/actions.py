@@ -11,6 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
+from types import MappingProxyType
+
+UNRECORDED = MappingProxyType({"recorded": False})
+"""Metadata of a field that is for those who live while the action does, and is in no record."""
 
 
 class Verdict(IntEnum):
@@ -268,6 +272,10 @@ class Query:
     source: str
     statement: str
     tables: tuple[str, ...] = ()
+    preview: str = field(default="", metadata=UNRECORDED)
+    """What it changes, for the person who is asked: the statement, how many rows, the first of them as they were and as
+    they would be. They are data of the source, so no record has them. Two changes that are shown differently are
+    different."""
 
     @property
     def reversible(self) -> Reversible:

@@ -15,7 +15,7 @@ from enum import Enum
 from itertools import islice
 from typing import Protocol, runtime_checkable
 
-from corral.actions import Action, Meaning, Opinion, Program, Request, Verdict
+from corral.actions import Action, Meaning, Opinion, Program, Query, Request, Verdict
 from corral.errors import RequestError
 from corral.monitor.parts import Answer, Held
 from corral.monitor.records import unwritable
@@ -240,6 +240,8 @@ class Queue:
             raise RequestError("not all of what runs could be read, and may be changed; it can be approved once only")
         if isinstance(subject, Request) and subject.meaning is Meaning.OVERRIDDEN:
             raise RequestError("it names another method or path, which is not compared; it can be approved once only")
+        if isinstance(subject, Query) and subject.preview:
+            raise RequestError("it changes data, of which the beginning is shown; it can be approved once only")
         if len(self._grants) >= MAX_GRANTS:
             raise RequestError(f"there are {MAX_GRANTS} approvals for the session already; approve it once")
         likeness = _likeness(question.action, question.opinion)

@@ -17,7 +17,7 @@ from corral.credentials.scrubbing import Scrubber, forms
 from corral.errors import RequestError
 from corral.policy.model import Credential, CredentialKind
 
-__all__ = ["Scrubber", "Secret", "inject", "load"]
+__all__ = ["Scrubber", "Secret", "inject", "load", "read_text"]
 
 MAX_FILE = 64 * 1024
 """Bytes read of a file, and of a variable."""
@@ -100,6 +100,17 @@ def load(credential: Credential, environment: Mapping[str, str]) -> Secret:
     # The pair is as good as the secret, so it is looked for in the same ways.
     patterns = {*forms(secret, pair, urlsafe), *forms(pair), *forms(urlsafe)}
     return Secret(b"authorization", b"Basic " + pair, tuple(patterns))
+
+
+def read_text(source: str, environment: Mapping[str, str]) -> str:
+    """A secret that is no part of a request, as the password of a database. Raises RequestError."""
+    secret = _read(source, environment).removesuffix(b"\n").removesuffix(b"\r")
+    if not secret or len(secret) > MAX_SECRET or _CONTROL.search(secret):
+        raise RequestError(f"the secret from {source} is empty, too long, or holds a control character")
+    try:
+        return secret.decode()
+    except UnicodeDecodeError:
+        raise RequestError(f"the secret from {source} is no UTF-8") from None
 
 
 def _read(source: str, environment: Mapping[str, str]) -> bytes:

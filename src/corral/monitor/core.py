@@ -65,7 +65,8 @@ class Monitor:
         """Decides, and calls ``decided`` once with the outcome: at once, or later and from any thread.
 
         ``at_least`` is the enforcer's own verdict: with DENY nobody is asked, as no answer could be heeded. ``own`` is
-        the same with a rule and a reason, and counts where it refuses. ``following`` is what was decided on the same
+        the same with a rule and a reason, and counts where it is harder than
+        all others', or refuses as they do. ``following`` is what was decided on the same
         attempt where another enforcer saw it before: what a person has allowed there is not asked again by the same
         rules. One more rule that asks is another question.
 
@@ -77,6 +78,8 @@ class Monitor:
             opinion = Opinion(at_least, "syscalls", _refusal(action), opinion.advice)
         if own is not None and own.verdict >= max(opinion.verdict, Verdict.DENY):
             decider, opinion = "enforcer", own  # it knows better what is wrong
+        elif own is not None and own.verdict > opinion.verdict:
+            decider, opinion = "enforcer", own
         if opinion.verdict is Verdict.ASK and following is not None and _is_answered(following, action, opinion):
             opinion = Opinion(Verdict.ALLOW, opinion.rule, following.reason, asked=opinion.asked)
             decider = following.decider
@@ -89,6 +92,11 @@ class Monitor:
                 return _Question(self, action, decider, opinion, decided).file(self._approvals)
             opinion, decider = Opinion(Verdict.ALLOW, grant, opinion.reason), "autonomy"
         return self.release(self.settle(action, opinion, decider), decided)
+
+    def foresee(self, action: Action) -> Verdict:
+        """What would be said of an action if it were tried now. Nothing is recorded, and nobody asked: for an enforcer
+        that must prepare what it asks about."""
+        return self._combine(action)[1].verdict
 
     def repeater(self, action: Action) -> Callable[[], bool] | None:
         """A short way for what is refused again and again: has the refusal of just this action counted once more, and

@@ -71,8 +71,10 @@ def subject_type(kind: Kind) -> type[Any]:
 
 @cache
 def _names(kind: Any) -> tuple[str, ...] | None:
-    """The fields of a dataclass; None for another type."""
-    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else None
+    """The fields of a dataclass that are recorded; None for another type."""
+    if not is_dataclass(kind):
+        return None
+    return tuple(field.name for field in fields(kind) if field.metadata.get("recorded", True))
 
 
 def to_plain(value: Any, bounds: Bounds = WHOLE) -> tuple[Any, bool]:
@@ -109,7 +111,9 @@ def _list(values: tuple[Any, ...], bounds: Bounds) -> tuple[list[Any], bool]:
 
 @cache
 def _hints(kind: type[Any]) -> Mapping[str, Any]:
-    return get_type_hints(kind)
+    """The types of the same fields."""
+    hints, names = get_type_hints(kind), _names.__wrapped__(kind)
+    return {name: hints[name] for name in names or ()}
 
 
 def from_plain(wanted: Any, given: Any, **known: object) -> Any:
