@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -172,6 +175,46 @@ def test_a_bomb_is_refused(schema: dict[str, Any], value: Any) -> None:
 def test_a_pattern_that_would_go_back_and_forth_is_matched_in_linear_time() -> None:
     for pattern in ("^(a+)+$", "^(a|aa)+$", "^(.*a){20}$", "(x+x+)+y"):
         assert problem({"pattern": pattern}, "a" * 100_000 + "!") is not None
+
+
+def from_below(frames: int, ask: Callable[[], str | None]) -> str | None:
+    return ask() if not frames else from_below(frames - 1, ask)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"not": {"$ref": "#"}},
+        {"$ref": "#"},
+        {"anyOf": [{"oneOf": [{"allOf": [{"$ref": "#"}]}]}]},
+        {"if": {"$ref": "#"}, "then": {"$ref": "#"}},
+        {"items": {"$ref": "#"}, "maxItems": 1},
+        {"contains": {"not": {"$ref": "#"}}},
+    ],
+)
+def test_the_stack_never_overflows(schema: dict[str, Any]) -> None:
+    """The library's own code under it panics then, with what no `except Exception` catches."""
+    value: Json = json.loads("[" * 60 + "2" + "]" * 60)
+    checked = Schema(schema)
+    room = sys.getrecursionlimit() - sum(1 for _ in traceback.walk_stack(None))
+    for frames in range(0, room - 20, 7):
+        from_below(frames, lambda: checked.problem(value))  # what it says depends; that it says it does not
+    told = {from_below(frames, lambda: checked.problem(1)) for frames in range(300, room - 20, 9)}
+    assert "it is too large to be checked" in told
+
+
+@pytest.mark.parametrize("keyword", ["items", "not", "additionalProperties", "allOf", "properties", "$defs", "if"])
+def test_a_schema_that_is_nested_too_deeply_is_said_to_be_so(keyword: str) -> None:
+    schema: dict[str, Any] = {}
+    for depth in range(1, 60):
+        if depth <= schemas.MAX_SCHEMA_DEPTH:
+            Schema(schema)
+        else:
+            with pytest.raises(SchemaFault, match="nested"):
+                Schema(schema)
+        schema = {
+            keyword: [schema] if keyword == "allOf" else {"a": schema} if keyword in ("properties", "$defs") else schema
+        }
 
 
 async def test_a_large_value_is_checked() -> None:

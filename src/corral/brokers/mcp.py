@@ -63,6 +63,8 @@ class Tool:
     input_schema: Mapping[str, Any]
     """JSON Schema of an object."""
     call: Call
+    schema: Schema | None = None
+    """The same, compiled, where that was done before."""
 
 
 class _Error(Exception):
@@ -90,7 +92,7 @@ class Mcp:
         """Raises SchemaFault where the schema of a tool cannot be checked with, ValueError where a name is not one."""
         self._info: Json = {"name": name, "version": version}
         self._instructions = instructions
-        self._tools = {tool.name: (tool, Schema(tool.input_schema)) for tool in tools}
+        self._tools = {tool.name: (tool, tool.schema or Schema(tool.input_schema)) for tool in tools}
         if len(self._tools) != len(tools):
             raise ValueError("two tools have one name")
         self._listed: list[Json] = [

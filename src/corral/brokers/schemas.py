@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -27,6 +28,12 @@ from corral.errors import RequestError
 
 MAX_STEPS = 100_000
 """Keywords that are looked at in one check: about a second."""
+MAX_NESTING = 100
+"""Keywords that one leads to another of. A stack that overflows is not to be relied on: what is below the library
+aborts in the middle of it (a panic of its Rust code, which is no Exception)."""
+MAX_SCHEMA_DEPTH = 32
+_FRAMES = 6
+"""Of Python's stack, that one keyword takes at most."""
 _AT_ONCE = 1_000
 """So many are looked at where everybody else waits meanwhile."""
 MAX_PATTERN = 1024
@@ -50,6 +57,7 @@ class _Check:
     left: int
     sizes: dict[int, int]
     """Of containers, by identity; all of them live as long as the check."""
+    nesting: int = 0
 
 
 _check: ContextVar[_Check] = ContextVar("check")
@@ -71,12 +79,12 @@ class Schema:
     def __init__(self, schema: Mapping[str, Any]) -> None:
         """Raises SchemaFault."""
         _look(schema)
+        if not _has_room():
+            raise SchemaFault("is looked at from too deep a stack")
         try:
             Draft202012Validator.check_schema(schema)
         except SchemaError as error:
             raise SchemaFault(f"is no JSON schema: {_bounded(error.message)}") from None
-        except RecursionError:
-            raise SchemaFault("is a schema nested too deeply") from None
         self._validator = _Counted(schema, registry=Registry())
 
     async def check(self, value: Json) -> str | None:
@@ -95,6 +103,8 @@ class Schema:
 
     def _problem(self, value: Json, steps: int) -> str | None:
         """Raises _TooMuch."""
+        if not _has_room():
+            raise _TooMuch
         sizes: dict[int, int] = {}
         token = _check.set(_Check(steps, sizes))
         try:
@@ -102,8 +112,6 @@ class Schema:
             error = next(iter(self._validator.iter_errors(value)), None)
         except _TooMuch:
             raise
-        except RecursionError:
-            return _TOO_LARGE
         except Exception:  # also a reference that leads nowhere
             return "it could not be checked"
         finally:
@@ -115,6 +123,14 @@ class Schema:
         return f"{where}{_bounded(error.message)}"
 
 
+def _has_room() -> bool:
+    """Whether the stack cannot overflow before something here says that it is too much."""
+    depth, frame = 0, sys._getframe()
+    while (back := frame.f_back) is not None:
+        depth, frame = depth + 1, back
+    return depth + (MAX_NESTING + 10) * _FRAMES < sys.getrecursionlimit()
+
+
 def _bounded(text: str) -> str:
     text = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
@@ -123,10 +139,12 @@ def _bounded(text: str) -> str:
 def _look(schema: object) -> None:
     """Refuses what cannot be bounded. Only positions of schemas are looked at, which ``properties`` and the like lead
     to; data (``enum``, ``default``) may hold any words."""
-    waiting, count = [schema], 0
+    waiting, count = [(schema, 1)], 0
     while waiting:
-        each = waiting.pop()
+        each, depth = waiting.pop()
         count += 1
+        if depth > MAX_SCHEMA_DEPTH:
+            raise SchemaFault(f"is a schema nested deeper than {MAX_SCHEMA_DEPTH}")
         if count > MAX_STEPS:
             raise SchemaFault("is a schema too large to be checked")
         if not isinstance(each, Mapping):
@@ -141,13 +159,13 @@ def _look(schema: object) -> None:
             compiled(pattern)
         for keyword in ("properties", "$defs", "definitions", "dependentSchemas"):
             if isinstance(inner := each.get(keyword), Mapping):
-                waiting.extend(inner.values())
+                waiting.extend((value, depth + 1) for value in inner.values())
         for keyword in ("allOf", "anyOf", "oneOf", "prefixItems"):
             if isinstance(inner := each.get(keyword), list):
-                waiting.extend(inner)
+                waiting.extend((value, depth + 1) for value in inner)
         for keyword in ("items", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else"):
             if keyword in each:
-                waiting.append(each[keyword])
+                waiting.append((each[keyword], depth + 1))
 
 
 @lru_cache(4096)
@@ -193,9 +211,16 @@ def _spend(instance: Json, count: int = 1) -> None:
 
 
 def _counted(keyword: Keyword) -> Keyword:
-    def run(validator: Any, value: Any, instance: Any, schema: Any) -> Any:
+    def run(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
         _spend(instance)
-        return keyword(validator, value, instance, schema)
+        check = _check.get()
+        if check.nesting == MAX_NESTING:
+            raise _TooMuch
+        check.nesting += 1
+        try:
+            yield from keyword(validator, value, instance, schema) or ()
+        finally:
+            check.nesting -= 1
 
     return run
 

@@ -8,6 +8,7 @@ nesting without end. What is sent on is written anew from what was read.
 from __future__ import annotations
 
 import json
+import math
 from typing import TypeAlias
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
@@ -60,6 +61,11 @@ def check(value: Json, *, depth: int = MAX_DEPTH, values: int = MAX_VALUES) -> N
                 waiting.extend((inner, level + 1) for inner in each.values())
             else:
                 waiting.extend((inner, level + 1) for inner in each)
+        elif isinstance(each, float):
+            if not math.isfinite(each):
+                raise NotJson("it holds a number that is none")
+        elif not isinstance(each, int | None):
+            raise NotJson("it holds what JSON has no form for")
 
 
 def write(value: Json) -> bytes:

@@ -1,0 +1,1 @@
+"""The API broker: services that an OpenAPI document describes, operation by operation."""
