@@ -329,7 +329,8 @@ class Client:
         parser = h11.Connection(h11.CLIENT)
         parser.send(h11.Request(method="GET", target="/", headers=[("host", HOST)]))
         parser.send(h11.EndOfMessage())
-        status, headers, body = 0, {}, b""
+        status, body = 0, b""
+        headers: dict[str, str] = {}
         while True:
             try:
                 event = parser.next_event()
