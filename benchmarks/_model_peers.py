@@ -45,8 +45,12 @@ def _framed(data: bytes) -> bytes:
 
 _EVENTS = [_event(number) for number in range(64)]
 _LAST = (
-    _framed(b'data: {"id":"c","object":"chat.completion.chunk","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n')
-    + _framed(b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":20,"completion_tokens":100,"total_tokens":120}}\n\n')
+    _framed(
+        b'data: {"id":"c","object":"chat.completion.chunk","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
+    )
+    + _framed(
+        b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":20,"completion_tokens":100,"total_tokens":120}}\n\n'
+    )
     + _framed(b"data: [DONE]\n\n")
     + b"0\r\n\r\n"
 )
@@ -149,7 +153,7 @@ class _Crowd(asyncio.Protocol):
             self._done.set_exception(ConnectionError("the stream broke off"))
 
 
-async def _crowd(port: int, model: str, streams: int, key: str) -> None:
+async def _crowd(port: int, model: str, streams: int, key: str, turns: int) -> None:
     loop = asyncio.get_running_loop()
     messages = [{"role": "user", "content": "Tell me a story. " * 40}]
     body = json.dumps({"model": model, "stream": True, "messages": messages, "max_tokens": 1000}).encode()
@@ -160,11 +164,16 @@ async def _crowd(port: int, model: str, streams: int, key: str) -> None:
     clients = []
     for _ in range(streams):
         done: asyncio.Future[None] = loop.create_future()
-        _, client = await loop.create_connection(lambda done=done: _Crowd(head.encode() + body, done), "127.0.0.1", port)
+        _, client = await loop.create_connection(
+            lambda done=done: _Crowd(head.encode() + body, done), "127.0.0.1", port
+        )
         clients.append((client, done))
     for at, (client, _) in enumerate(clients):
         loop.call_later(0.5 * at / streams, client.ask)  # not all in one moment
     await asyncio.gather(*(done for _, done in clients))
+    if turns > 1:
+        await _again(clients[0][0], turns)
+        return
     first = sorted(client.first - client.began for client, _ in clients)
     whole = sorted(client.end - client.began for client, _ in clients)
     span = max(client.end for client, _ in clients) - min(client.began for client, _ in clients)
@@ -182,6 +191,17 @@ async def _crowd(port: int, model: str, streams: int, key: str) -> None:
             }
         )
     )
+
+
+async def _again(client: _Crowd, turns: int) -> None:
+    """One request after another on one connection."""
+    first = []
+    for _ in range(turns):
+        client._done = asyncio.get_running_loop().create_future()
+        client.ask()
+        await client._done
+        first.append(client.first - client.began)
+    print(json.dumps({"firsts": first}))
 
 
 def _broker(port: int, upstream: str) -> None:
@@ -209,9 +229,16 @@ def _broker(port: int, upstream: str) -> None:
 
     nothing = Nothing()
     credential = Credential(CredentialKind.BEARER, "env:KEY")
-    policy = Policy(model=Model(allow=(ModelRule("*"),), upstreams=(Upstream("up", upstream, ModelApi.OPENAI, credential=credential),)))
-    setting = Setting("box", "box", policy, Monitor(policy=PolicyPart(policy), sink=nothing), nothing, (nothing,), None, print, "")  # type: ignore[arg-type]
-    brokers = shared().attach(setting, {Broker.MODEL: prepare(policy, {"KEY": KEY})})
+    policy = Policy(
+        model=Model(
+            allow=(ModelRule("*"),), upstreams=(Upstream("up", upstream, ModelApi.OPENAI, credential=credential),)
+        )
+    )
+    setting = Setting(
+        "box", "box", policy, Monitor(policy=PolicyPart(policy), sink=nothing), nothing, (nothing,), None, print, ""
+    )  # type: ignore[arg-type]
+    openings = {Broker.MODEL: prepare(policy, {"KEY": KEY})}
+    brokers = shared().attach(lambda: setting, openings, print)
     door = brokers.doors[Broker.MODEL]
     action = Action(Kind.NET_CONNECT, Endpoint(Transport.TCP, port=80, name=HOST), Origin("box", "box"))
     decision = Decision(action, Verdict.ALLOW, "model", "", "", "policy", 1, 0.0)
@@ -238,6 +265,7 @@ def main() -> None:
     parser.add_argument("--upstream", default="")
     parser.add_argument("--model", default="")
     parser.add_argument("--streams", type=int, default=1)
+    parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--key", default="none")
     given = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
@@ -246,7 +274,7 @@ def main() -> None:
     elif given.role == "upstream":
         asyncio.run(_upstream(given.port))
     else:
-        asyncio.run(_crowd(given.port, given.model, given.streams, given.key))
+        asyncio.run(_crowd(given.port, given.model, given.streams, given.key, given.turns))
 
 
 if __name__ == "__main__":

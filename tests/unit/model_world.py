@@ -13,7 +13,7 @@ from typing import Any
 
 import h11
 
-from corral.actions import Content, Decision, Kind, Origin, Subject, ToolCall, Used
+from corral.actions import Content, Decision, Origin, Subject, ToolCall, Used
 from corral.brokers.http import Connection, Room, serve
 from corral.brokers.model.broker import ModelBroker, prepare
 from corral.brokers.model.capture import Capture
@@ -162,7 +162,16 @@ class Told:
         self.steps.append(("answered", conversation, tuple(tools)))
         return self.next()
 
-    def cause_of(self, origin: Origin, kind: Kind | None = None, subject: Subject | None = None) -> Origin:
+    def begin(self, number: int) -> int:
+        return number
+
+    def of_exec(self, number: int) -> int:
+        return number
+
+    def open_in(self, origin: Origin, conversation: str) -> int:
+        return 0
+
+    def cause_of(self, origin: Origin, subject: Subject | None = None) -> Origin:
         return replace(origin, step=self.step)
 
 
@@ -181,7 +190,7 @@ class _Keeper:
     def keeps(self, content: Content) -> int:
         return self.told.keep
 
-    def keep(self, origin: Origin, content: Content, data: bytes, is_whole: bool, about: str) -> None:
+    def keep(self, origin: Origin, content: Content, data: bytes, is_whole: bool, about: str, call: int = 0) -> None:
         self.told.kept.append((content, data, is_whole, about))
 
 
