@@ -243,7 +243,7 @@ class World:
     async def quiet(self) -> None:
         """Returns when nothing is under way."""
         async with asyncio.timeout(10):
-            while any(each.task is not None for each in self.connections):
+            while any(each.task is not None and not each.task.done() for each in self.connections):
                 await asyncio.sleep(0.005)
 
 

@@ -29,8 +29,8 @@ MAX_BODY = 32 << 20
 
 
 def prepare(policy: Policy, environment: Mapping[str, str], capture: Capture | None = None) -> Opening:
-    """Reads the secrets of all upstreams, which are not needed where answers are replayed, and finds the scanners of the
-    guard. Raises RequestError."""
+    """Reads the secrets of all upstreams, which are not needed where answers are replayed, and finds the scanners of
+    the guard. Raises RequestError."""
     is_replay = capture is not None and capture.is_replay
     upstreams = tuple(ready(each, None if is_replay else environment) for each in policy.model.upstreams)
     tls = None if is_replay else tls_context(environment)

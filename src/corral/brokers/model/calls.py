@@ -76,6 +76,7 @@ class Call:
         setting = means.setting
         origin = setting.steps.cause_of(request.origin, ModelCall(asked.model))
         self._account = CallAccount(origin, setting.next_call(), asked, talk.tokens)
+        self._account.is_free = route.is_count
         self._conversation: Conversation | None = None
         self._admission: Admission | None = None
         self._relaying: Relaying | None = None
@@ -246,8 +247,8 @@ class Call:
         account, means = self._account, self._means
         account.began(reply.status)
         threshold = None
-        if not self._route.is_count and reply.status < 300:
-            account.is_model_answer = True
+        account.is_free = self._route.is_count or reply.status >= 300
+        if not account.is_free:
             kind = next((value for name, value in reply.headers if name == b"content-type"), b"")
             is_stream = kind.lower().startswith(b"text/event-stream")
             threshold = Threshold(AnswerReader(self._route.api), is_stream, self._opened)
