@@ -13,7 +13,7 @@ from typing import Any
 
 import h11
 
-from corral.actions import Content, Decision, Kind, Origin, Subject, ToolCall, Used
+from corral.actions import Content, Decision, Origin, Subject, ToolCall, Used
 from corral.brokers.http import Connection, Room, serve
 from corral.brokers.model.broker import ModelBroker, prepare
 from corral.brokers.model.capture import Capture
@@ -162,7 +162,16 @@ class Told:
         self.steps.append(("answered", conversation, tuple(tools)))
         return self.next()
 
-    def cause_of(self, origin: Origin, kind: Kind | None = None, subject: Subject | None = None) -> Origin:
+    def begin(self, number: int) -> int:
+        return number
+
+    def of_exec(self, number: int) -> int:
+        return number
+
+    def open_in(self, origin: Origin, conversation: str) -> int:
+        return 0
+
+    def cause_of(self, origin: Origin, subject: Subject | None = None) -> Origin:
         return replace(origin, step=self.step)
 
 
@@ -234,7 +243,7 @@ class World:
     async def quiet(self) -> None:
         """Returns when nothing is under way."""
         async with asyncio.timeout(10):
-            while any(each.task is not None for each in self.connections):
+            while any(each.task is not None and not each.task.done() for each in self.connections):
                 await asyncio.sleep(0.005)
 
 
@@ -329,7 +338,8 @@ class Client:
         parser = h11.Connection(h11.CLIENT)
         parser.send(h11.Request(method="GET", target="/", headers=[("host", HOST)]))
         parser.send(h11.EndOfMessage())
-        status, headers, body = 0, {}, b""
+        status, body = 0, b""
+        headers: dict[str, str] = {}
         while True:
             try:
                 event = parser.next_event()

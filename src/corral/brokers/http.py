@@ -393,6 +393,9 @@ async def serve(sock: socket.socket, make: Callable[[], Connection]) -> Connecti
     """Serves an accepted connection, which is taken over."""
     loop = asyncio.get_running_loop()
     try:
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            # asyncio does so only where the socket names its protocol; pieces of an answer would wait 40 ms for an ACK.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         _, connection = await loop.connect_accepted_socket(make, sock)
     except BaseException:
         sock.close()

@@ -70,7 +70,8 @@ class Scrubber:
 
     def __init__(self, patterns: Iterable[bytes]) -> None:
         self._patterns = tuple(sorted(set(patterns) - {b""}))
-        self._longest = max(map(len, self._patterns), default=0)
+        self._is_in_lines = not any(b"\n" in pattern for pattern in self._patterns)
+        """No form goes over the end of a line."""
         self._held = b""
         self._masked = 0
         """So many of the first bytes held are part of a form already seen."""
@@ -120,6 +121,8 @@ class Scrubber:
     def _first_beginning(self, buffer: bytes) -> int:
         """Where the first form begins that the buffer may hold the beginning of; its end if there is none."""
         first = len(buffer)
+        if self._is_in_lines and buffer.endswith(b"\n"):
+            return first  # as in streams of events, piece by piece
         for pattern in self._patterns:
             at = max(0, len(buffer) - len(pattern) + 1)
             while (at := buffer.find(pattern[:1], at, first)) >= 0:

@@ -27,8 +27,8 @@ class CallAccount:
         self.bytes_up = self.bytes_down = 0
         self.was_sent = False
         """An upstream may have worked on it."""
-        self.is_model_answer = False
-        """What has begun is the answer of a model, and not an error."""
+        self.is_free = False
+        """What was answered costs nothing: it is an error, or no model's answer."""
         self.answer: Answer | None = None
         self.opened = 0
         self.tools: Sequence[ToolCall] = ()
@@ -78,9 +78,7 @@ class CallAccount:
     def _tokens(self, answer: Answer) -> tuple[int, int, bool]:
         if answer.has_usage and answer.complete:
             return answer.input_tokens, answer.output_tokens, False
-        if self.status and not self.is_model_answer:
-            return 0, 0, False  # an error costs nothing
-        if not self.was_sent:
+        if self.is_free or not self.was_sent:
             return 0, 0, False
         # What broke off was made nevertheless, up to there at least; counts that stand before it are of its beginning.
         said = len(answer.text) + len(answer.thinking) + sum(len(tool.arguments) for tool in answer.tools)

@@ -8,6 +8,7 @@ from ssl import SSLContext
 from urllib.parse import unquote
 
 from corral.brokers.budgets import Budgets
+from corral.brokers.guard import Guard
 from corral.brokers.http import Answering, Request
 from corral.brokers.model.asking import Unclear, read
 from corral.brokers.model.calls import Call, Means
@@ -20,6 +21,7 @@ from corral.brokers.model.shapes import Problem, fields, shaped
 from corral.brokers.model.turns import talk_of
 from corral.brokers.model.upstream import Client, tls_context
 from corral.brokers.prices import Prices
+from corral.brokers.scanners import Scanner, load_scanners
 from corral.brokers.setting import Opening, Setting
 from corral.policy.model import ModelApi, Policy
 
@@ -27,13 +29,15 @@ MAX_BODY = 32 << 20
 
 
 def prepare(policy: Policy, environment: Mapping[str, str], capture: Capture | None = None) -> Opening:
-    """Reads the secrets of all upstreams; those are not needed where answers are replayed. Raises RequestError."""
+    """Reads the secrets of all upstreams, which are not needed where answers are replayed, and finds the scanners of
+    the guard. Raises RequestError."""
     is_replay = capture is not None and capture.is_replay
     upstreams = tuple(ready(each, None if is_replay else environment) for each in policy.model.upstreams)
     tls = None if is_replay else tls_context(environment)
+    scanners = load_scanners(policy.model.guard.scanners)
 
     def open_(setting: Setting) -> ModelBroker:
-        return ModelBroker(setting, upstreams, tls, capture)
+        return ModelBroker(setting, upstreams, tls, scanners, capture)
 
     return open_
 
@@ -42,7 +46,12 @@ class ModelBroker:
     """Of one sandbox: a :class:`corral.brokers.setting.Handler`."""
 
     def __init__(
-        self, setting: Setting, upstreams: Sequence[Ready], tls: SSLContext | None, capture: Capture | None = None
+        self,
+        setting: Setting,
+        upstreams: Sequence[Ready],
+        tls: SSLContext | None,
+        scanners: Sequence[tuple[str, Scanner]] = (),
+        capture: Capture | None = None,
     ) -> None:
         """Without ``tls`` nothing is sent."""
         model = setting.policy.model
@@ -51,8 +60,17 @@ class ModelBroker:
         self._threads = ThreadPoolExecutor(4, "corral-budgets") if self._budgets.blocks else None
         self._capture = capture
         self._listing = Listing(model, upstreams, self._client)
+        self._guard = Guard(model.guard, scanners=scanners)
         self._means = Means(
-            setting, upstreams, self._client, self._budgets, Prices(model), Conversations(), capture, self._threads
+            setting,
+            upstreams,
+            self._client,
+            self._budgets,
+            Prices(model),
+            self._guard,
+            Conversations(),
+            capture,
+            self._threads,
         )
 
     @property
@@ -99,6 +117,7 @@ class ModelBroker:
     async def close(self) -> None:
         if self._client is not None:
             await self._client.close()
+        self._guard.close()
         if self._threads is None:
             self._budgets.close()
         else:

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from corral.actions import Content, Decision, Ending, Kind, ModelCall, ToolCall, Used
 from corral.brokers.bounds import OverBudget
 from corral.brokers.budgets import Admission, Budgets
+from corral.brokers.guard import Guard
 from corral.brokers.http import Answering, Gone, Request
 from corral.brokers.model.accounts import CallAccount
 from corral.brokers.model.asking import Asked
 from corral.brokers.model.capture import Capture, Recording
 from corral.brokers.model.conversations import Conversation, Conversations
 from corral.brokers.model.relaying import Relaying, Threshold
+from corral.brokers.model.results import results_of
 from corral.brokers.model.routes import Route
 from corral.brokers.model.sending import Errand, Ready, Sending
 from corral.brokers.model.shapes import Problem, fields, shaped
@@ -35,6 +37,8 @@ from corral.modelapi.reader import AnswerReader
 
 DEFAULT_OUTPUT = 4096
 """Tokens that are reserved for an answer whose request does not bound it."""
+MAX_FOUND = 8
+"""Findings of one request that its record names."""
 _ANSWER_ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,256})"')
 
 
@@ -48,6 +52,7 @@ class Means:
     """None where nothing is sent."""
     budgets: Budgets
     prices: Prices
+    guard: Guard
     conversations: Conversations
     capture: Capture | None
     threads: ThreadPoolExecutor | None
@@ -71,9 +76,12 @@ class Call:
         setting = means.setting
         origin = setting.steps.cause_of(request.origin, ModelCall(asked.model))
         self._account = CallAccount(origin, setting.next_call(), asked, talk.tokens)
+        self._account.is_free = route.is_count
         self._conversation: Conversation | None = None
         self._admission: Admission | None = None
         self._relaying: Relaying | None = None
+        self._found = ""
+        """What the guard has found, and the policy lets go on."""
 
     async def serve(self, answer: Answering) -> None:
         """Answers it, and accounts for it."""
@@ -109,7 +117,7 @@ class Call:
             raise Refusal(Problem.NO_MODEL, reason, Ending.REFUSED)
         await self._admit()
         if not self._route.is_count:
-            self._guard()
+            await self._look()
             self._place()
         await self._exchange(candidates, answer)
 
@@ -150,8 +158,21 @@ class Call:
                 self._admission = await admitting
             raise
 
-    def _guard(self) -> None:
-        """Nobody looks at the results of tools yet."""
+    async def _look(self) -> None:
+        """Has the guard look at what tools have given."""
+        means = self._means
+        if not means.setting.policy.model.guard.scanners:
+            return
+        outcome = await means.guard.look(results_of(self._asked))
+        if outcome.blocked:
+            self._account.rule = outcome.rule
+            raise Refusal(Problem.BLOCKED, outcome.reason, Ending.REFUSED)
+        new = [found for found in outcome.findings if not found.known]
+        self._found = "; ".join(
+            f"the scanner {found.finding.scanner} found in the result of {found.result.name or 'a tool'} "
+            f"({found.result.source or found.result.id}): {found.finding.what}"
+            for found in new[:MAX_FOUND]
+        )
 
     def _place(self) -> None:
         """Where it belongs; what its conversation has begun before is over."""
@@ -189,7 +210,7 @@ class Call:
                     await self._pass_on(reply, secret, watch, answer)
                 finally:
                     reply.close()
-            account.ended(Ending.ANSWERED)
+            account.ended(Ending.ANSWERED, self._found)
         except Failed as failed:
             raise Refusal(Problem.UPSTREAM, self._said(sending, failed.reason), Ending.FAILED) from None
         except TimeoutError:
@@ -226,8 +247,8 @@ class Call:
         account, means = self._account, self._means
         account.began(reply.status)
         threshold = None
-        if not self._route.is_count and reply.status < 300:
-            account.is_model_answer = True
+        account.is_free = self._route.is_count or reply.status >= 300
+        if not account.is_free:
             kind = next((value for name, value in reply.headers if name == b"content-type"), b"")
             is_stream = kind.lower().startswith(b"text/event-stream")
             threshold = Threshold(AnswerReader(self._route.api), is_stream, self._opened)

@@ -34,7 +34,6 @@ MAX_SAID = 256 * 1024
 """Characters of the arguments of one conversation's open tool calls that are looked at for prompts."""
 MIN_PROMPT = 8
 """Characters: what is shorter stands in many places."""
-_SEEN_RESULTS = 16_384
 _ID = 16
 """Bytes of a conversation's id."""
 
@@ -62,7 +61,6 @@ class Conversations:
         """All turns of requests, to the conversation."""
         self._answers: OrderedDict[str, str] = OrderedDict()
         """Ids of answers and of tool calls, to the conversation; empty where several have used one."""
-        self._looked_at: OrderedDict[bytes, None] = OrderedDict()
 
     def find(self, talk: Talk, previous: str = "") -> Conversation:
         """The conversation of a request, which is about to be made: :meth:`over` must follow."""
@@ -133,17 +131,6 @@ class Conversations:
     def over(self, conversation: Conversation) -> None:
         """The request has its answer, or never will."""
         conversation.waiting -= 1
-
-    # ---- results of tools ----
-
-    def is_new(self, turn: bytes) -> bool:
-        """Whether the results in a turn have not passed yet."""
-        return turn not in self._looked_at
-
-    def passed(self, turns: Sequence[bytes]) -> None:
-        """They were looked at, and went on."""
-        for turn in turns:
-            _put(self._looked_at, turn, None, _SEEN_RESULTS)
 
 
 def _put(kept: OrderedDict[Any, Any], key: object, value: object, most: int) -> None:

@@ -106,7 +106,8 @@ class Kept:
     """An answer that is there as a whole."""
 
     def __init__(self, status: int, headers: Fields, body: bytes) -> None:
-        self.status, self.headers, self.length = status, headers, len(body)
+        self.status, self.headers = status, headers
+        self.length: int | None = len(body)
         self._body = body
 
     async def read(self) -> bytes:

@@ -1,4 +1,4 @@
-"""What is said in a request: its turns by their digests, its first words, and what tools have given back.
+"""What is said in a request: its turns by their digests, its first words, and which tool calls it answers.
 
 Clients send all of a conversation with each request, and change how they write what they have sent before: a text is a
 string first and a list of one part later, marks for the upstream's cache move on. A digest looks through that.
@@ -24,17 +24,6 @@ _DEPTH = 4
 
 
 @dataclass(frozen=True, slots=True)
-class ToolResult:
-    """What a tool has given back, to be read by a model."""
-
-    id: str
-    """Of the tool call."""
-    texts: tuple[str, ...]
-    turn: bytes
-    """The digest of the turn that holds it."""
-
-
-@dataclass(frozen=True, slots=True)
 class Talk:
     """What a request says."""
 
@@ -46,7 +35,6 @@ class Talk:
     """How many turns the beginning of the conversation has: up to the first that is no instruction."""
     prompts: tuple[str, ...]
     """The texts of that one."""
-    results: tuple[ToolResult, ...]
     answered: tuple[str, ...]
     """Ids of the tool calls whose results come after all that the model has said."""
     tokens: int
@@ -55,27 +43,29 @@ class Talk:
 
 def talk_of(asked: Asked) -> Talk:
     """Raises Unclear."""
-    values = asked.values
-    if asked.api is Api.RESPONSES:
-        given = values.get("input")
-        turns = [{"role": "user", "content": given}] if type(given) is str else as_list(given)
-        instructions = values.get("instructions")
-    else:
-        turns, instructions = values["messages"], values.get("system")
+    turns = turns_of(asked)
+    instructions = asked.values.get("instructions" if asked.api is Api.RESPONSES else "system")
     digests = [_digest(turn) for turn in turns]
     first = next((at for at, turn in enumerate(turns) if not _is_instruction(turn)), len(turns) - 1) + 1
-    results = [result for turn, digest in zip(turns, digests, strict=True) for result in _results(turn, digest)]
     last = max((at for at, turn in enumerate(turns) if _is_models(turn)), default=-1)
-    latest = [result.id for turn in turns[last + 1 :] for result in _results(turn, b"")]
+    latest = [id_ for turn in turns[last + 1 :] for id_, _ in results_in(turn)]
     return Talk(
         _digest({"content": instructions}),
         tuple(digests),
         first,
-        tuple(_texts(turns[first - 1].get("content"))) if turns else (),
-        tuple(results),
+        tuple(texts_in(turns[first - 1].get("content"))) if turns else (),
         tuple(filter(None, latest)),
         _estimate(asked.body, turns),
     )
+
+
+def turns_of(asked: Asked) -> list[dict[str, Any]]:
+    """What was said, as the request has it."""
+    if asked.api is not Api.RESPONSES:
+        turns: list[dict[str, Any]] = asked.values["messages"]
+        return turns
+    given = asked.values.get("input")
+    return [{"role": "user", "content": given}] if type(given) is str else as_list(given)
 
 
 def _is_instruction(turn: dict[str, Any]) -> bool:
@@ -122,24 +112,24 @@ def _plain(content: Any, depth: int) -> Any:
 # ---- what tools have given back ----
 
 
-def _results(turn: dict[str, Any], digest: bytes) -> Iterator[ToolResult]:
+def results_in(turn: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The results of tools in a turn: the id of the call, and the content."""
     kind = turn.get("type")
     if turn.get("role") in ("tool", "function"):
-        yield ToolResult(_id(turn, "tool_call_id", "name"), tuple(_texts(turn.get("content"))), digest)
+        yield _id(turn, "tool_call_id", "name"), turn.get("content")
     elif type(kind) is str and kind.endswith("_output"):  # of the Responses API: function_call_output and its kind
-        yield ToolResult(_id(turn, "call_id", "id"), tuple(_texts(turn.get("output"))), digest)
+        yield _id(turn, "call_id", "id"), turn.get("output")
     elif type(content := turn.get("content")) is list:
         for block in content:
-            kind = as_object(block).get("type")
-            if kind == "tool_result":
-                yield ToolResult(_id(block, "tool_use_id", ""), tuple(_texts(block.get("content"))), digest)
+            if as_object(block).get("type") == "tool_result":
+                yield _id(block, "tool_use_id"), block.get("content")
 
 
 def _id(turn: dict[str, Any], *names: str) -> str:
     return next((value for name in names if type(value := turn.get(name)) is str), "")
 
 
-def _texts(content: Any) -> Iterator[str]:
+def texts_in(content: Any) -> Iterator[str]:
     """All texts in content, however deep."""
     stack = [content]
     while stack:
