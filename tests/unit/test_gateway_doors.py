@@ -55,6 +55,9 @@ class Rig:
     def flow(self, flow: Flow) -> None:
         self.flows.append(flow)
 
+    def stage(self) -> Stage:
+        return self.connection.stage
+
     def begin(self, name: str = Broker.MODEL.host, port: int = PORT) -> None:
         action = Action(Kind.NET_CONNECT, Endpoint(Transport.TCP, "", port, name), ORIGIN)
         decision = Decision(action, Verdict.ALLOW, "model (broker)", "", "", "policy", 1, 0.0)
@@ -80,7 +83,7 @@ def test_it_is_handed_over_unread_with_who_has_made_it() -> None:
     rig.bench.until(lambda: rig.flows)
     [flow] = rig.flows
     assert (flow.bytes_up, flow.bytes_down, flow.close) == (10, 20, "closed by its client")
-    assert rig.connection.stage is Stage.OVER and not rig.egress.flows
+    assert not rig.egress.flows and rig.stage() is Stage.OVER
     rig.client.close()
 
 

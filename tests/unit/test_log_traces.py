@@ -60,7 +60,7 @@ def asked(step: int) -> Decision:
 
 
 BASH = ("bash", '{"command":"make"}')
-FIRST = [
+FIRST: list[Event] = [
     did(1, "/usr/bin/agent"),
     asked(1),
     answered(2, "c", BASH),
@@ -80,7 +80,7 @@ def test_the_same_is_the_same() -> None:
 
 
 def test_what_runs_beside_each_other_has_no_order_and_steps_have_no_numbers() -> None:
-    other = [
+    other: list[Event] = [
         did(1, "/usr/bin/agent"),
         answered(7, "c", BASH),
         did(7, "/usr/bin/cc", "-c", "b.c"),

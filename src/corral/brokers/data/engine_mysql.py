@@ -128,7 +128,7 @@ class MysqlSession(Session):
         costs = list(_costs(json.loads(text)))
         if not costs:  # MariaDB before 11
             raise TooMuch("This source does not say what a query costs, and there is a bound for that: nothing is run.")
-        return max(costs)
+        return float(max(costs))
 
     def keys(self, table: Table) -> tuple[str, ...]:
         with self._guarded():
