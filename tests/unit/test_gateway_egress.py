@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corral.actions import Action, Attempt, Decision, Endpoint, Kind, Opinion, Origin, Transport, Verdict
+from corral.actions import Action, Attempt, Decision, Endpoint, Kind, Opinion, Origin, Subject, Transport, Verdict
 from corral.gateway import egress as ways_out
 from corral.gateway.egress import Egress, Setting
 from corral.gateway.queries import AT_ONCE
@@ -20,6 +21,7 @@ from corral.gateway.relay import make_buffer
 from corral.gateway.resolver import Resolved
 from corral.gateway.sockets import IP_PKTINFO, place_of
 from corral.gateway.tunnelling import AGAIN_BUDGET
+from corral.monitor.steps import Execs
 from corral.policy.model import Network, NetworkRule, Policy
 from tests.unit.gateway_bench import Bench
 
@@ -84,6 +86,21 @@ class Rig:
         self.egress.resolve(name, found.append)
         [one] = found
         return one
+
+
+def test_each_decision_is_of_the_step_of_its_moment() -> None:
+    """A connection is kept for many requests, and was made in the step of the first."""
+
+    class Later(Execs):
+        def cause_of(self, origin: Origin, subject: Subject | None = None) -> Origin:
+            return replace(origin, step=7, tool=str(subject))
+
+    rig = Rig()
+    rig.egress.setting = replace(rig.egress.setting, steps=Later())
+    endpoint = Endpoint(Transport.TCP, "", 443, "web.test")
+    rig.egress.decide(Kind.NET_CONNECT, endpoint, Origin("box", "session", 1, 1), lambda decision: None)
+    [(action, _)] = rig.judge.seen
+    assert (action.origin.step, action.origin.exec, action.origin.tool) == (7, 1, "web.test:443")
 
 
 def test_a_name_that_no_rule_names_is_not_looked_up() -> None:

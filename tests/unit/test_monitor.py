@@ -789,6 +789,17 @@ def test_what_a_person_has_allowed_is_not_asked_again_by_the_next_enforcer() -> 
     assert (found[0].decider, found[0].rule) == ("approvals", "rule of policy")
 
 
+def test_one_connection_may_live_through_several_steps() -> None:
+    """A person was asked about it, not about a step."""
+    persons = Persons()
+    fixture = Fixture(ASK, persons=persons)
+    found: list[Decision] = []
+    origin = replace(action().origin, step=7, tool="a", unexplained=True)
+    fixture.monitor.submit(replace(action(), origin=origin), found.append, following=_answered())
+    assert not persons.asked
+    assert found[0].verdict is ALLOW
+
+
 @pytest.mark.parametrize(
     "earlier",
     [
@@ -796,6 +807,7 @@ def test_what_a_person_has_allowed_is_not_asked_again_by_the_next_enforcer() -> 
         _answered(verdict=DENY),
         _answered(decider="policy"),
         replace(_answered(), action=Action(Kind.NET_CONNECT, action().subject, Origin("another", "session"))),
+        replace(_answered(), action=replace(action(), origin=replace(action().origin, exec=2))),
     ],
 )
 def test_i6_no_other_earlier_decision_answers_a_question(earlier: Decision) -> None:

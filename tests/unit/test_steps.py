@@ -329,6 +329,59 @@ def test_who_gives_somebody_away_and_ends(world: World, agent: Identity) -> None
     assert world.acts(world.fork(None)) == Cause(second, "only", False)
 
 
+def test_only_an_orphan_is_in_doubt(world: World) -> None:
+    shell = world.fork(None)
+    agent = world.fork(shell)
+    world.passes()
+    world.turn(agent)
+    world.acts(world.fork(agent))
+    step = world.turn(agent)
+    assert world.acts(world.fork(shell)) == Cause(step, "only", False)
+    assert world.acts(world.fork(agent)) == Cause(step, "only", False)
+    assert world.acts(world.fork(None)) == Cause(step, "only", True)
+
+
+def test_what_lives_in_another_exec_raises_no_doubt(world: World, agent: Identity) -> None:
+    world.tracker.begin(2)
+    other = world.fork(None, 2)
+    world.passes()
+    world.turn(other)
+    world.acts(world.fork(other))
+    world.asked(other)
+    step = world.turn(agent)
+    assert world.acts(world.fork(None)) == Cause(step, "only", False)
+
+
+def test_doubt_is_passed_on(world: World, agent: Identity) -> None:
+    world.turn(agent)
+    daemon = world.fork(agent)
+    world.acts(daemon)
+    step = world.turn(agent, tool("a", file_path="/work/a"), tool("b", file_path="/work/b"))
+    orphan = world.fork(None)
+    assert world.acts(orphan) == Cause(step, "", True)
+    assert world.writes(orphan, "/work/b") == Cause(step, "b", True)
+    world.ends(daemon)
+    world.passes()
+    world.tracker.look_after()
+    world.passes()
+    assert world.acts(world.fork(None)).unexplained
+
+
+def test_who_has_ended_too_long_ago_to_tell(world: World, agent: Identity) -> None:
+    world.turn(agent)
+    daemon = world.fork(agent)
+    world.acts(daemon)
+    world.turn(agent)
+    orphan = world.fork(daemon)
+    children = [world.fork(agent) for _ in range(births.MAX_ENDED + 10)]
+    world.passes()
+    for each in (daemon, *children):
+        world.acts(each)
+        world.ends(each)
+        world.tracker.look_after()
+    assert world.acts(orphan).unexplained
+
+
 def test_looking_for_who_gives_away_is_bounded(world: World, agent: Identity) -> None:
     world.turn(agent)
     for _ in range(2000):
@@ -352,6 +405,9 @@ def test_looking_for_who_gives_away_is_bounded(world: World, agent: Identity) ->
     assert len(world.tracker._living) <= 1
     for _ in range(births.MAX_LIVING + 10):
         world.acts(world.fork(agent))
+    before = len(looked)
+    world.tracker.look_after()
+    assert len(looked) - before <= tracking.LIVING + 1
     assert len(world.tracker._living) <= births.MAX_LIVING
     assert world.acts(world.fork(None)).unexplained  # too many to tell
 
