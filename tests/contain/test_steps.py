@@ -10,17 +10,22 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from corral.actions import Decision, File, Kind, Origin, Program, ToolCall
+from corral.actions import Content, Decision, File, Kind, Origin, Program, ToolCall
+from corral.log.events import ExecEnded, ExecStarted, PayloadKept
+from corral.log.places import open_log
 from corral.monitor.steps import Cause
 from corral.policy.model import Filesystem, Model, ModelApi, Policy, SnapshotWhen, Upstream
+from corral.policy.model import Log as LogPolicy
 from corral.sandbox.box import Sandbox
 from corral.sandbox.layer import list_layers
 from corral.sandbox.process import Process
 from tests.contain.attacks import PYTHON
 from tests.contain.conftest import MakeBox
+from tests.contain.logs import events
 
 FIRST = 900
 """The first of these numbers; there are no such calls."""
@@ -333,6 +338,21 @@ async def test_two_execs_and_their_snapshots(make_box: MakeBox) -> None:
     assert (decision.action.kind, decision.action.origin.exec) == (Kind.PROCESS_EXEC, 2)
     await agent.box.close()
     assert [layer.step for layer in list_layers() if layer.step is not None] == [0, 4]
+
+
+async def test_a_log_has_the_step_of_an_exec(workspace: Path, tmp_path: Path) -> None:
+    place = tmp_path / "records" / "log"
+    log = open_log(place)
+    keeping = replace(ASKING, log=LogPolicy(keep=((Content.TERMINAL, 3600.0),)))
+    async with Sandbox(workspace, policy=keeping, log=log) as box:
+        agent = await started(box)
+        agent.turn()
+        assert (await box.exec(["/bin/echo", "said"])).text == "said\n"
+    await asyncio.to_thread(log.close)
+    assert [(event.exec, event.step) for event in events(place, ExecStarted)] == [(1, 1), (2, 3)]
+    assert sorted((event.exec, event.step) for event in events(place, ExecEnded)) == [(1, 1), (2, 3)]
+    kept = [event.origin for event in events(place, PayloadKept)]
+    assert {(origin.exec, origin.step) for origin in kept} == {(1, 1), (2, 3)}
 
 
 async def test_without_a_model_nothing_changes(box: Sandbox) -> None:

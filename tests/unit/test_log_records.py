@@ -156,8 +156,8 @@ CALLS = st.builds(
 LIFE = (
     st.builds(SessionStarted, HOSTILE, HOSTILE, HOSTILE)
     | st.builds(SessionEnded, HOSTILE)
-    | st.builds(ExecStarted, NUMBERS, st.lists(HOSTILE, max_size=4).map(tuple), HOSTILE, NUMBERS)
-    | st.builds(ExecEnded, NUMBERS, NUMBERS, HOSTILE, NUMBERS, NUMBERS, NUMBERS, NUMBERS)
+    | st.builds(ExecStarted, NUMBERS, st.lists(HOSTILE, max_size=4).map(tuple), HOSTILE, NUMBERS, NUMBERS)
+    | st.builds(ExecEnded, NUMBERS, NUMBERS, HOSTILE, NUMBERS, NUMBERS, NUMBERS, NUMBERS, NUMBERS)
     | st.builds(SnapshotTaken, HOSTILE, HOSTILE, HOSTILE, st.none() | NUMBERS, NUMBERS, NUMBERS)
     | st.builds(FilesSet, HOSTILE)
     | st.builds(ApplyEnded, HOSTILE, HOSTILE, HOSTILE, HOSTILE, st.sampled_from(Outcome), HOSTILE)
@@ -325,6 +325,8 @@ def test_a_summary_says_the_same_as_the_whole(event: Event) -> None:
         assert short.action == decision.action.name
         assert short.verdict == decision.verdict.name.lower()
         assert (short.rule, short.step) == (decision.rule, decision.action.origin.step)
+    if isinstance(whole.event, ExecStarted | ExecEnded):
+        assert (short.exec, short.step) == (whole.event.exec, whole.event.step)
 
 
 def test_the_hash_of_an_action_can_be_computed_from_the_record_of_its_decision() -> None:
@@ -440,6 +442,15 @@ def test_a_name_that_is_given_twice_is_refused() -> None:
     entry = encoded(SessionEnded("x"))
     with pytest.raises(ValueError, match="twice"):
         decode(entry[:-1] + b',"time":1}')
+
+
+def test_records_of_before_an_exec_had_a_step_are_read_all_the_same() -> None:
+    for event in (ExecStarted(3, ("ls",), "/work", 1000), ExecEnded(3, 0, "", 1, 2, 3, 4)):
+        entry = encoded(event)
+        older = entry.replace(b',"step":0', b"")
+        assert older != entry
+        assert decode(older).event == event
+        assert summary(older).step == 0
 
 
 def test_records_say_whether_it_can_be_taken_back_and_older_ones_are_read_all_the_same() -> None:
