@@ -260,8 +260,9 @@ def test_a_tool_call_is_known_when_its_end_comes_in_two_pieces() -> None:
     second = body.index(b"content_block_stop", body.index(b'"call_2"')) + 9
     end = body.index(b"\n\n", second) + 2
     reader = AnswerReader(Api.MESSAGES)
-    assert reader.feed(body[: first - 30]) or reader.tools == ()
-    assert reader.feed(body[first - 30 : second])
+    assert not reader.feed(body[: first - 5])  # its end has begun
+    reader.feed(body[first - 5 : second])
+    assert reader.tools == CALLS[:1]
     assert reader.feed(body[second:end])
     assert reader.tools == CALLS
 
