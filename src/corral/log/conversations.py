@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from corral.actions import Decision, Kind, ToolCall, Used
+from corral.actions import Kind, ToolCall, Used
 from corral.log.digest import Spend
 from corral.log.items import shown_line
 from corral.log.narration import money
-from corral.log.records import Record, summary
+from corral.log.records import summary
 from corral.log.spending import Spent
 from corral.log.timeline import Entries, read_record, session_mark
 
@@ -119,34 +119,26 @@ class _Growing:
         self.spent = Spent()
 
 
-def read_tree(records: Iterable[tuple[int, Record]]) -> Tree:
-    """The tree of the records of one session, in their order. Raises what taking a record raises."""
-    reading = _Reading()
-    for number, record in records:
-        event = record.event
-        if isinstance(event, Used):
-            reading.used(number, event)
-        elif isinstance(event, Decision):
-            origin = event.action.origin
-            done = _Done(origin.step, origin.tool, event.action.kind.value, event.count, not event.allowed)
-            reading.did(number, done, is_unexplained=origin.unexplained)
-    return reading.tree()
-
-
 def tree_of(log: Entries, session: str) -> Tree:
     """The tree of a session of a log, of whose records only those are parsed that have a part in it.
 
-    What is no record is passed over. Raises NoteError or LogDamaged.
+    An agent may act on an answer before all of that was there to be accounted for, so calls are looked for first. What
+    is no record is passed over. Raises NoteError or LogDamaged.
     """
     reading, wanted = _Reading(), session_mark(session)
+    has_unexplained = False
     for number, entry in log.entries():
         if wanted not in entry:
             continue
+        has_unexplained = has_unexplained or _UNEXPLAINED in entry
         if _USED in entry:
             record = read_record(entry)
             if record is not None and record.context.session == session and isinstance(record.event, Used):
                 reading.used(number, record.event)
-        elif _DECISION in entry and (reading.has_steps or _UNEXPLAINED in entry):
+    if not reading.has_steps and not has_unexplained:
+        return reading.tree()
+    for number, entry in log.entries():
+        if wanted in entry and _DECISION in entry and (reading.has_steps or _UNEXPLAINED in entry):
             with suppress(ValueError, RecursionError):
                 done, is_unexplained = _done(entry)
                 reading.did(number, done, is_unexplained=is_unexplained)
