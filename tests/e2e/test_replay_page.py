@@ -11,13 +11,13 @@ import pytest
 
 from corral.actions import ToolCall, Verdict
 from corral.log.calls import WithCalls
-from corral.log.conversations import read_tree
+from corral.log.conversations import tree_of
 from corral.log.events import Event
 from corral.log.html import write_html
 from corral.log.payloads import Payloads
 from corral.log.timeline import Timeline
 from tests.e2e.browser import Browser, is_installed
-from tests.unit.recorded import ORIGIN, Shelf, decision, numbered, run, session, syscall, used, written
+from tests.unit.recorded import ORIGIN, Shelf, decision, run, session, syscall, used, written
 
 pytestmark = pytest.mark.skipif(
     not is_installed() and not os.environ.get("CI"), reason="no browser (Debian: chromium-headless-shell)"
@@ -217,7 +217,7 @@ def conversations(browser: Browser, tmp_path: Path) -> Browser:
         acted(0, unexplained=True),
     ]
     shelf = Shelf(written(session(*events)))
-    tree = read_tree(numbered(shelf.all))
+    tree = tree_of(shelf, "session-1")
     store = Payloads(tmp_path / "store")
     path = tmp_path / "page.html"
     with path.open("w", encoding="utf-8") as file:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from corral.actions import Action, Content, Decision, Kind, ModelCall, Origin, Program, ToolCall, Used, Verdict
 from corral.errors import RequestError
 from corral.log.calls import WithCalls
-from corral.log.conversations import MAX_DEPTH, Tree, read_tree, tree_lines, tree_of
+from corral.log.conversations import MAX_DEPTH, Tree, _Done, _Reading, tree_lines, tree_of
 from corral.log.events import Event, PayloadKept
 from corral.log.html import write_html
 from corral.log.items import Item, ItemKind
 from corral.log.payloads import Payloads
 from corral.log.player import Player
+from corral.log.records import Record
 from corral.log.replay import item_text
 from corral.log.terminal import WithTerminal
 from corral.log.timeline import Timeline
@@ -34,6 +35,21 @@ from tests.unit.test_log_records import HOSTILE as HOSTILE_TEXTS
 
 SHELL = ToolCall("call_1", "shell", '{"command":["ls"]}')
 READ = ToolCall("call_2", "read", '{"path":"a"}')
+
+
+def read_tree(records: Iterable[tuple[int, Record]]) -> Tree:
+    """The same as :func:`tree_of`, from records that were read whole."""
+    reading, known = _Reading(), list(records)
+    for number, record in known:
+        if isinstance(record.event, Used):
+            reading.used(number, record.event)
+    for number, record in known:
+        event = record.event
+        if isinstance(event, Decision):
+            origin = event.action.origin
+            done = _Done(origin.step, origin.tool, event.action.kind.value, event.count, not event.allowed)
+            reading.did(number, done, is_unexplained=origin.unexplained)
+    return reading.tree()
 
 
 def did(step: int, tool: str = "", verdict: Verdict = Verdict.ALLOW, **fields: Any) -> Decision:
@@ -200,6 +216,13 @@ def test_items_are_marked_with_their_step_tool_call_and_conversation(tell: Tell)
     assert [item.number for item in told.items if item.unexplained] == [11, 13]
     assert by_number[11].line == "unexplained: process.exec /bin/ls"
     assert details(by_number[11])["unexplained"] == "no answer of a model asked for it"
+
+
+def test_actions_before_the_account_of_their_call_are_its_own(tell: Tell) -> None:
+    """An agent acts on a tool call while the answer still comes."""
+    told = tell(did(5, "call_1"), did(7), used(opened=5, tools=(SHELL,)), did(5, "call_1"))
+    assert [(use.actions, use.first) for use in told.tree.conversations[0].calls[0].tools] == [(2, 2)]
+    assert [(item.number, item.depth) for item in told.items if item.depth] == [(2, 1), (5, 1)]
 
 
 def test_what_is_unexplained_and_what_a_tool_call_did_is_jumped_to(tell: Tell) -> None:

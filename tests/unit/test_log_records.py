@@ -393,6 +393,9 @@ def test_a_record_without_the_fields_that_origins_have_got_since_is_read() -> No
     older = entry.replace(b',"tool":""', b"").replace(b',"unexplained":false', b"")
     assert len(older) < len(entry)
     assert decode(older).event == event
+    kept = PayloadKept(Origin("b", "s"), Content.TERMINAL, "hmac-sha256:ab", 1, True, "x", 1, True)
+    older = encoded(kept).replace(b'"call":0,', b"")
+    assert b'"call"' not in older and decode(older).event == kept
 
 
 def test_what_an_agent_says_at_length_is_not_kept() -> None:

@@ -138,6 +138,14 @@ def test_tokens_and_probabilities_where_the_upstream_told_them(told: Told) -> No
     assert "sampled: a probability is no number" in two["missing"]
 
 
+def test_actions_before_the_account_of_their_call_are_its_own(told: Told) -> None:
+    """An agent acts on a tool call while the answer still comes."""
+    told.events += [did(5, "call_1"), did(6), used(call=1, opened=5), did(5)]
+    told.events += [did(number) for number in range(100, 100 + 2 * module.MAX_EARLY_STEPS)]
+    told.events += [used(call=2, opened=100), used(call=3, opened=99 + 2 * module.MAX_EARLY_STEPS)]
+    assert [[each["tool"] for each in line["actions"]] for line in told.lines()] == [["call_1", ""], [], [""]]
+
+
 def test_conversations_are_told_apart(told: Told) -> None:
     told.call(1, chat(1), b"", conversation="a")
     told.call(2, chat(2), b"", conversation="b", parent="a")

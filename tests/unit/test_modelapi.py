@@ -130,7 +130,7 @@ def test_whoever_passes_it_on_knows_of_each_tool_call_before_the_agent_can(given
 
 def test_a_stream_that_breaks_off_says_so_and_asks_for_nothing_that_was_not_whole() -> None:
     body = messages_stream().body
-    place = body.index(b'"index": 4')
+    place = body.index(b'"index": 4', body.index(b'"call_2"'))  # the second tool call has begun
     found = read_answer(Api.MESSAGES, body[:place])
     assert (found.text, found.thinking) == (WORDS, THOUGHT)
     assert found.tools == CALLS[:1]
@@ -251,6 +251,20 @@ def test_most_pieces_are_only_put_aside(monkeypatch: pytest.MonkeyPatch) -> None
         reader.feed(event + b"\n\n")
     assert reader.finish().text == WORDS
     assert len(taken) <= 4
+
+
+def test_a_tool_call_is_known_when_its_end_comes_in_two_pieces() -> None:
+    """Also where the first of them ends what came before."""
+    body = b"".join(line + b"\n\n" for line in messages_stream().body.split(b"\n") if line.startswith(b"data:"))
+    first = body.index(b"\n\n", body.index(b"content_block_stop", body.index(b'"call_1"'))) + 2
+    second = body.index(b"content_block_stop", body.index(b'"call_2"')) + 9
+    end = body.index(b"\n\n", second) + 2
+    reader = AnswerReader(Api.MESSAGES)
+    assert not reader.feed(body[: first - 5])  # its end has begun
+    reader.feed(body[first - 5 : second])
+    assert reader.tools == CALLS[:1]
+    assert reader.feed(body[second:end])
+    assert reader.tools == CALLS
 
 
 def test_a_word_in_the_text_that_looks_like_the_end_ends_nothing() -> None:

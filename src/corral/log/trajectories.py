@@ -36,6 +36,10 @@ MAX_CALLS = 100_000
 """Of one session."""
 MAX_ACTIONS = 500_000
 """Of one session; more are counted."""
+MAX_EARLY_STEPS = 64
+"""Steps whose actions are remembered before the call is known that opened them."""
+MAX_EARLY = 10_000
+"""Actions of each."""
 _MESSAGES = ("messages", "input")
 """Where requests have them: Chat Completions and Messages, Responses."""
 
@@ -132,6 +136,9 @@ class _Session:
         self.conversations: dict[str, list[_Call]] = {}
         self.actions: dict[int, list[Step]] = {}
         self.left_out: dict[int, int] = {}
+        self._early: dict[int, list[Step]] = {}
+        """Of steps that no answer is known to have opened. An agent may act on one before all of it was there to be
+        accounted for; most of them are of no answer, such as execs, and are forgotten."""
         self.kept: dict[tuple[Content, int], tuple[str, bool]] = {}
         self.calls = self._actions = 0
         for number, record in records:
@@ -147,16 +154,21 @@ class _Session:
             if self.calls <= MAX_CALLS:
                 self.conversations.setdefault(event.conversation, []).append(_Call(number, event, record.context))
                 if event.opened:
-                    self.actions.setdefault(event.opened, [])
+                    self.actions.setdefault(event.opened, self._early.pop(event.opened, []))
         elif isinstance(event, Decision):
             origin = event.action.origin
-            steps = self.actions.get(origin.step)
-            if steps is None or origin.unexplained or event.action.kind is Kind.MODEL_CALL:
+            if not origin.step or origin.unexplained or event.action.kind is Kind.MODEL_CALL:
                 return
-            if self._actions >= MAX_ACTIONS:
+            steps = self.actions.get(origin.step)
+            is_early = steps is None
+            if steps is None:
+                steps = self._early.setdefault(origin.step, [])
+                if len(self._early) > MAX_EARLY_STEPS:
+                    del self._early[next(iter(self._early))]
+            if self._actions >= MAX_ACTIONS or (is_early and len(steps) >= MAX_EARLY):
                 self.left_out[origin.step] = self.left_out.get(origin.step, 0) + event.count
                 return
-            self._actions += 1
+            self._actions += not is_early
             steps.append(_step(number, event))
 
 
