@@ -394,13 +394,10 @@ class Binder:
             if len(found) != 1 or (table is None and self._key(self._fold(column.this)) in level.aliases):
                 continue
             relation, output = found[0]
-            position = level.relations.index(relation)
-            if (
-                relation.fence < 0
-                or not certain[position]
-                or output.column is None
-                or output.column.use is not ColumnUse.SHOW
-            ):
+            if relation.fence < 0 or self.fences[relation.fence] not in self._scope.plain:
+                continue
+            is_shown = output.column is not None and output.column.use is ColumnUse.SHOW
+            if not is_shown or not certain[level.relations.index(relation)]:
                 continue
             copy = part.copy()
             copy.this.replace(exp.column(exp.to_identifier(output.name, quoted=True)))
