@@ -30,6 +30,8 @@ from corral.policy.model import Dialect, Source
 MAX_PREVIEW = 4000
 """Characters of what a person is shown of a change."""
 _SHOWN_ROWS = 10
+_AT_ONCE = 500
+"""Characters of a query that is compiled while everybody else waits: some milliseconds."""
 _STATUS = {Fault.TIME: 504, Fault.BUSY: 503, Fault.UNREACHABLE: 502, Fault.CANCELLED: 503, Fault.PRIVILEGE: 403}
 
 
@@ -81,7 +83,7 @@ class Desk:
         self._where = f"data.sources[{number}]"
         self._plans = Plans(self.scope, asks_for_keys=source.dialect is Dialect.MYSQL)
         self._pool = Pool(source, self.scope, password)
-        self._looking = asyncio.Lock()
+        self._looking, self._compiling = asyncio.Lock(), asyncio.Lock()
         self._is_looked_at = False
         limits = source.limits
         self._rate = Rate(
@@ -184,7 +186,7 @@ class Desk:
         if not self._is_looked_at:
             await self._look()
         try:
-            return self._plans.find(text)
+            return await self._find(text)
         except NeedsKeys as needed:
             table = needed.table
         session = await self._pool.lease(writes=False)
@@ -193,7 +195,13 @@ class Desk:
         finally:
             self._pool.give_back(session, writes=False)
         self._plans.keys[table] = keys
-        return self._plans.find(text)
+        return await self._find(text)
+
+    async def _find(self, text: str) -> Read | Write:
+        if len(text) <= _AT_ONCE or text in self._plans:
+            return self._plans.find(text)
+        async with self._compiling:
+            return await asyncio.to_thread(self._plans.find, text)
 
     async def _decide(self, query: Query, origin: Origin, account: _Account, own: Opinion | None = None) -> None:
         decision = await self._setting.decide(Kind.DATA_QUERY, query, origin, own=own)
