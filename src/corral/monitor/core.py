@@ -94,9 +94,9 @@ class Monitor:
         return self.release(self.settle(action, opinion, decider), decided)
 
     def foresee(self, action: Action) -> Verdict:
-        """What would be said of an action if it were tried now. Nothing is recorded, and nobody asked: for an enforcer
-        that must prepare what it asks about."""
-        return self._combine(action)[1].verdict
+        """What the policy says of an action. Nothing is recorded, and nobody asked: for an enforcer that must prepare
+        what it asks about, and then does ask. Other parts may remember what they are asked."""
+        return _judgement(self._policy, action, "policy").verdict
 
     def repeater(self, action: Action) -> Callable[[], bool] | None:
         """A short way for what is refused again and again: has the refusal of just this action counted once more, and

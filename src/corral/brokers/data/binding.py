@@ -17,6 +17,7 @@ from corral.brokers.data import grammar
 from corral.brokers.data.checking import check_name
 from corral.brokers.data.faults import QueryRefused
 from corral.brokers.data.names import fold, key
+from corral.brokers.data.pushing import compared, conjuncts
 from corral.brokers.data.scope import Scope, Table
 from corral.policy.model import Column, ColumnUse, Dialect
 
@@ -384,8 +385,8 @@ class Binder:
             return
         inner = [join.args.get("side") in (None, "") for join in joins]
         certain = [True, *inner] if all(inner) else [True, *([False] * len(joins))]
-        for part in _conjuncts(condition):
-            column = _compared(part)
+        for part in conjuncts(condition):
+            column = compared(part)
             if column is None:
                 continue
             qualifier = column.args.get("table")
@@ -394,42 +395,11 @@ class Binder:
             if len(found) != 1 or (table is None and self._key(self._fold(column.this)) in level.aliases):
                 continue
             relation, output = found[0]
-            position = level.relations.index(relation)
-            if (
-                relation.fence < 0
-                or not certain[position]
-                or output.column is None
-                or output.column.use is not ColumnUse.SHOW
-            ):
+            if relation.fence < 0 or self.fences[relation.fence] not in self._scope.plain:
+                continue
+            is_shown = output.column is not None and output.column.use is ColumnUse.SHOW
+            if not is_shown or not certain[level.relations.index(relation)]:
                 continue
             copy = part.copy()
             copy.this.replace(exp.column(exp.to_identifier(output.name, quoted=True)))
             self.pushed.setdefault(relation.fence, []).append(copy)
-
-
-def _conjuncts(condition: exp.Expr) -> list[exp.Expr]:
-    found, stack = [], [condition]
-    while stack:
-        node = stack.pop()
-        if type(node) is exp.And:
-            stack += [node.this, node.expression]
-        elif type(node) is exp.Paren:
-            stack.append(node.this)
-        else:
-            found.append(node)
-    return found
-
-
-def _compared(node: exp.Expr) -> exp.Expr | None:
-    """The column of a condition that compares it with values, and nothing else."""
-    if type(node) in (exp.EQ, exp.GT, exp.GTE, exp.LT, exp.LTE):
-        others = [node.args["expression"]]
-    elif type(node) is exp.In and not node.args.get("query"):
-        others = node.expressions
-    elif type(node) is exp.Between:
-        others = [node.args["low"], node.args["high"]]
-    else:
-        return None
-    plain = all(type(other) in (exp.Literal, exp.Placeholder) for other in others)
-    column = node.this
-    return column if plain and type(column) is exp.Column and type(column.this) is exp.Identifier else None

@@ -30,6 +30,8 @@ from corral.policy.model import Dialect, Source
 MAX_PREVIEW = 4000
 """Characters of what a person is shown of a change."""
 _SHOWN_ROWS = 10
+_AT_ONCE = 500
+"""Characters of a query that is compiled while everybody else waits: some milliseconds."""
 _STATUS = {Fault.TIME: 504, Fault.BUSY: 503, Fault.UNREACHABLE: 502, Fault.CANCELLED: 503, Fault.PRIVILEGE: 403}
 
 
@@ -81,6 +83,8 @@ class Desk:
         self._where = f"data.sources[{number}]"
         self._plans = Plans(self.scope, asks_for_keys=source.dialect is Dialect.MYSQL)
         self._pool = Pool(source, self.scope, password)
+        self._looking, self._compiling = asyncio.Lock(), asyncio.Lock()
+        self._is_looked_at = False
         limits = source.limits
         self._rate = Rate(
             limits.queries_per_minute,
@@ -153,7 +157,6 @@ class Desk:
                 plan = await self._plan(text)
                 values = check_parameters(parameters)
                 account.statement = "select" if isinstance(plan, Read) else plan.word
-                account.personal = plan.personal
                 if isinstance(plan, Read):
                     return await self._read(plan, plan.query.fill(values), origin, account)
                 return await self._write(plan, _filled(plan, values), origin, account, slot)
@@ -167,9 +170,23 @@ class Desk:
                     _STATUS.get(fault.fault, 400), fault.fault.name.lower(), _sentence(fault), Ending.FAILED
                 ) from None
 
+    async def _look(self) -> None:
+        """Looks at the source before the first query is compiled."""
+        async with self._looking:
+            if self._is_looked_at:
+                return
+            session = await self._pool.lease(writes=False)
+            try:
+                self.scope.plain = await self._pool.use(session, lambda: session.plain(self.scope.tables))
+            finally:
+                self._pool.give_back(session, writes=False)
+            self._is_looked_at = True
+
     async def _plan(self, text: str) -> Read | Write:
+        if not self._is_looked_at:
+            await self._look()
         try:
-            return self._plans.find(text)
+            return await self._find(text)
         except NeedsKeys as needed:
             table = needed.table
         session = await self._pool.lease(writes=False)
@@ -178,7 +195,13 @@ class Desk:
         finally:
             self._pool.give_back(session, writes=False)
         self._plans.keys[table] = keys
-        return self._plans.find(text)
+        return await self._find(text)
+
+    async def _find(self, text: str) -> Read | Write:
+        if len(text) <= _AT_ONCE or text in self._plans:
+            return self._plans.find(text)
+        async with self._compiling:
+            return await asyncio.to_thread(self._plans.find, text)
 
     async def _decide(self, query: Query, origin: Origin, account: _Account, own: Opinion | None = None) -> None:
         decision = await self._setting.decide(Kind.DATA_QUERY, query, origin, own=own)
@@ -190,6 +213,7 @@ class Desk:
 
     async def _read(self, plan: Read, sql: str, origin: Origin, account: _Account) -> Outcome:
         await self._decide(Query(self.source.name, "select", plan.tables), origin, account)
+        account.personal = plan.personal
         session = await self._pool.lease(writes=False)
         try:
             rows = await self._pool.use(session, lambda: session.read(sql))
@@ -208,8 +232,9 @@ class Desk:
             holds = False  # nothing is tried that is refused anyway
         if not holds:
             await self._decide(query, origin, account)
-        session = await self._pool.lease(writes=True)
+        session = await self._pool.lease(writes=True, held=holds)
         try:
+            account.personal = plan.personal
             changed = await self._pool.use(session, lambda: session.change(change))
             is_agreed = False
             try:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from corral.brokers.data.addresses import Place, is_near
 from corral.brokers.data.faults import Fault, NotThere, SourceFault
 from corral.brokers.data.names import quote
+from corral.brokers.data.scope import Table
 from corral.brokers.data.sessions import Session
 from corral.policy.model import Dialect, Source
 
@@ -124,6 +126,16 @@ class PostgresqlSession(Session):
         row = self._run(f"EXPLAIN (FORMAT JSON) {sql}").fetchone()
         plan = row[0] if not isinstance(row[0], str) else json.loads(row[0])
         return float(plan[0]["Plan"]["Total Cost"])
+
+    def plain(self, tables: Iterable[Table]) -> frozenset[Table]:
+        with self._guarded():
+            rows = self._run(
+                "SELECT n.nspname, c.relname FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n"
+                " ON n.oid = c.relnamespace WHERE c.relkind IN ('r', 'p', 'm') AND NOT EXISTS (SELECT 1 FROM"
+                " pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND a.attgenerated = 'v')"
+            ).fetchall()
+        found = set(rows)
+        return frozenset(table for table in tables if (table.schema, table.name) in found)
 
     def _fault(self, error: Exception) -> Fault | None:
         if self._connection.closed:

@@ -10,11 +10,12 @@ import hashlib
 import hmac
 import sqlite3
 import time
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote as percent
 
 from corral.brokers.data.faults import Fault, SourceFault
-from corral.brokers.data.scope import Scope
+from corral.brokers.data.scope import Scope, Table
 from corral.brokers.data.sessions import Session
 from corral.policy.model import Source
 
@@ -81,7 +82,9 @@ class SqliteSession(Session):
         connection.execute("PRAGMA trusted_schema = OFF")
         connection.execute("PRAGMA cell_size_check = ON")
         connection.execute(f"PRAGMA query_only = {'OFF' if writes else 'ON'}")
-        connection.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchall()  # it is a database, and can be read
+        schema = connection.execute("SELECT type, lower(name) FROM sqlite_schema").fetchall()
+        self._within = frozenset(name for kind, name in schema if kind in ("view", "trigger"))
+        self._plain = frozenset(name for kind, name in schema if kind == "table")
         connection.create_function("corral_hash", 1, self._hash, deterministic=True)
         connection.set_progress_handler(self._is_over, _STEPS)
         connection.set_authorizer(self._authorize)
@@ -97,20 +100,22 @@ class SqliteSession(Session):
 
     def _authorize(self, action: int, first: str | None, second: str | None, schema: str | None, by: str | None) -> int:
         """What has come through all else and is still not within the scope is refused here. ``by`` is the view or
-        trigger within which it stands: those are the operator's."""
+        trigger within which it stands: those are the operator's. (It may also be a common table expression.)"""
+        is_operators = by is not None and by.lower() in self._within
         if action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_TRANSACTION):
             return sqlite3.SQLITE_OK
         if action == sqlite3.SQLITE_FUNCTION:
-            known = by is not None or (second or "").lower() in self._functions
+            known = is_operators or (second or "").lower() in self._functions
             return sqlite3.SQLITE_OK if known else sqlite3.SQLITE_DENY
         name = (first or "").lower()
         if schema not in ("main", "temp", None) or name.startswith("sqlite_"):
             return sqlite3.SQLITE_DENY
         if action == sqlite3.SQLITE_READ:
-            return sqlite3.SQLITE_OK if by is not None or self._may_read(name, second or "") else sqlite3.SQLITE_DENY
+            may = is_operators or self._may_read(name, second or "")
+            return sqlite3.SQLITE_OK if may else sqlite3.SQLITE_DENY
         if action in _CHANGES and self._writes:
             table = self._tables.get(name)
-            if by is not None or (table is not None and _CHANGES[action] in table.scope.statements):
+            if is_operators or (table is not None and _CHANGES[action] in table.scope.statements):
                 return sqlite3.SQLITE_OK
         return sqlite3.SQLITE_DENY
 
@@ -123,6 +128,9 @@ class SqliteSession(Session):
         wanted = column.lower()
         # The row's number is read where a column that is its alias is, and for changes; no query can name it.
         return wanted in ("", "rowid") or wanted in table.filtered or table.column(column) is not None
+
+    def plain(self, tables: Iterable[Table]) -> frozenset[Table]:
+        return frozenset(table for table in tables if table.name.lower() in self._plain)
 
     def _begin(self, *, writes: bool) -> None:
         self._writes = writes

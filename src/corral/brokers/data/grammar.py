@@ -17,7 +17,7 @@ from corral.policy.model import Dialect
 
 MAX_TEXT = 16 * 1024
 """Characters of a query."""
-MAX_TOKENS = 4000
+MAX_TOKENS = 2000
 MAX_NESTING = 40
 """Of parentheses."""
 MAX_NODES = 4000

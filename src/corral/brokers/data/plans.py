@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 
 from sqlglot import exp
@@ -26,28 +27,35 @@ class NeedsKeys(Exception):
 
 
 class Plans:
-    """Of one source. For one thread at a time."""
+    """Of one source. May be used from several threads."""
 
     def __init__(self, scope: Scope, *, asks_for_keys: bool) -> None:
         """``asks_for_keys``: the source tells rows apart by the primary key of their table only (MySQL)."""
         self._scope = scope
         self._asks = asks_for_keys
+        self._lock = threading.Lock()
         self._kept: OrderedDict[str, Read | Write | str] = OrderedDict()
         self.keys: dict[Table, tuple[str, ...]] = {}
 
+    def __contains__(self, text: str) -> bool:
+        with self._lock:
+            return text in self._kept
+
     def find(self, text: str) -> Read | Write:
         """What a query comes to. Raises QueryRefused, NeedsKeys."""
-        plan = self._kept.get(text)
+        with self._lock:
+            plan = self._kept.get(text)
+            if plan is not None:
+                self._kept.move_to_end(text)
         if plan is None:
             try:
                 plan = self._compile(text)
             except QueryRefused as refused:
                 plan = str(refused)
-            self._kept[text] = plan
-            if len(self._kept) > MAX_KEPT:
-                self._kept.popitem(last=False)
-        else:
-            self._kept.move_to_end(text)
+            with self._lock:
+                self._kept[text] = plan
+                if len(self._kept) > MAX_KEPT:
+                    self._kept.popitem(last=False)
         if isinstance(plan, str):
             raise QueryRefused(plan)
         return plan

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,6 +21,8 @@ from corral.brokers.data.sessions import Session
 from corral.policy.model import Dialect, Source
 
 _T = TypeVar("_T")
+_IDLE = 60.0
+"""Seconds for which a session is kept that nobody uses."""
 _LEAVE = 10.0
 """Seconds for a query that was cancelled to end; what does not is left alone with its session."""
 
@@ -39,7 +42,8 @@ class Pool:
         limit = source.limits.concurrent
         # A change in a transaction that is held has a thread only while it does something.
         self._threads = ThreadPoolExecutor(limit + 2, thread_name_prefix="corral-data")
-        self._free: dict[bool, list[Session]] = {False: [], True: []}
+        self._free: dict[bool, list[tuple[float, Session]]] = {False: [], True: []}
+        """With when they were given back; the last one is the next."""
         self._all: set[Session] = set()
         self._lock = threading.Lock()
         self._holding = asyncio.Semaphore(max(1, limit // 2))
@@ -78,10 +82,11 @@ class Pool:
 
                 return make
 
-    async def lease(self, *, writes: bool) -> Session:
-        """A session that nobody else uses, to be given back. Raises SourceFault."""
+    async def lease(self, *, writes: bool, held: bool = False) -> Session:
+        """A session that nobody else uses, to be given back. ``held``: it will be used for as long as a person thinks.
+        Raises SourceFault."""
         if writes:
-            if self._holding.locked():  # as long as persons think
+            if held and self._holding.locked():
                 raise SourceFault(Fault.BUSY)
             await self._holding.acquire()
         try:
@@ -90,8 +95,11 @@ class Pool:
                 if self._is_closed:
                     raise SourceFault(Fault.CANCELLED)
                 free = self._free[kind]
+                while free and free[0][0] < time.monotonic() - _IDLE:
+                    self._all.discard(free[0][1])
+                    self._close(free.pop(0)[1])
                 if free:
-                    return free.pop()
+                    return free.pop()[1]
             session = await self._in_thread(lambda: self._make(writes))
             with self._lock:
                 self._all.add(session)
@@ -108,7 +116,7 @@ class Pool:
         kind = writes and self._source.dialect is Dialect.SQLITE
         with self._lock:
             if not session.is_broken and not self._is_closed:
-                self._free[kind].append(session)
+                self._free[kind].append((time.monotonic(), session))
                 return
             self._all.discard(session)
         self._close(session)
@@ -157,12 +165,13 @@ class Pool:
         """Ends all sessions, whatever they do."""
         with self._lock:
             self._is_closed = True
+            idle = {session for free in self._free.values() for _, session in free}
             sessions = list(self._all)
             self._all.clear()
 
         def close_all() -> None:
             for session in sessions:
-                for end in (session.cancel, session.close):
+                for end in (session.close,) if session in idle else (session.cancel, session.close):
                     with suppress(Exception):
                         end()
             for close in self._closers:

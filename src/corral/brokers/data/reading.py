@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import sqlglot
 from sqlglot import Token, TokenType, exp
 from sqlglot.errors import SqlglotError
@@ -10,6 +12,7 @@ from corral.brokers.data.faults import QueryRefused
 from corral.brokers.data.grammar import MAX_NESTING, MAX_TEXT, MAX_TOKENS, SQLGLOT
 from corral.policy.model import Dialect
 
+logging.getLogger("sqlglot").setLevel(logging.CRITICAL)  # it quotes queries in its warnings
 _FIRST = frozenset(
     (TokenType.SELECT, TokenType.WITH, TokenType.INSERT, TokenType.UPDATE, TokenType.DELETE, TokenType.L_PAREN)
 )

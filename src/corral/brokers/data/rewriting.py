@@ -35,7 +35,7 @@ class Texts:
     """The texts and parameters that were taken out of a query."""
 
     def __init__(self) -> None:
-        self.slots: list[Slot] = []
+        self._numbers: dict[Slot, int] = {}
 
     def take(self, tree: exp.Expr) -> None:
         """Puts markers in their place."""
@@ -48,9 +48,13 @@ class Texts:
                 self._mark(node, Slot(str(node.this), pattern=pattern))
 
     def _mark(self, node: exp.Expr, slot: Slot) -> None:
-        if slot not in self.slots:
-            self.slots.append(slot)
-        node.replace(exp.Literal.string(f"\ue000{self.slots.index(slot)}\ue000"))
+        number = self._numbers.setdefault(slot, len(self._numbers))
+        node.replace(exp.Literal.string(f"\ue000{number}\ue000"))
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """By the numbers in their markers."""
+        return tuple(self._numbers)
 
 
 def _has_own_form(text: exp.Expr) -> bool:
@@ -112,7 +116,7 @@ def compile_read(tree: exp.Expr, scope: Scope) -> Read:
     texts.take(tree)
     binder.query(tree)
     text = enclose(generate(tree, dialect), binder, dialect)
-    return Read(Template.of(text, tuple(texts.slots), dialect), names_of(binder.fences), tuple(sorted(binder.personal)))
+    return Read(Template.of(text, texts.slots, dialect), names_of(binder.fences), tuple(sorted(binder.personal)))
 
 
 def names_of(tables: list[Table]) -> tuple[str, ...]:

@@ -69,8 +69,7 @@ class Table:
     columns: tuple[Column, ...]
     """Those that there are: none that is denied."""
     rows: str
-    """The filter as it is put into queries: checked to be one condition, and written anew; empty where there is
-    none."""
+    """The filter, checked to be one condition; empty where there is none."""
     filtered: frozenset[str]
     """Keys of the columns that the filter reads."""
     beside: Beside
@@ -122,6 +121,8 @@ class Scope:
         self.source = source
         self.dialect = source.dialect
         self.tables = tuple(_compile(table, source) for table in source.tables)
+        self.plain: frozenset[Table] = frozenset()
+        """Those into whose fence a comparison may be put: tables, no views. Known when the source was looked at."""
         places = [(table.schema, key(table.name, self.dialect)) for table in self.tables]
         if len(set(places)) < len(places):
             raise RequestError(f"a table of the source {source.name!r} is named twice")
@@ -149,7 +150,7 @@ def _compile(table: TableScope, source: Source) -> Table:
         raise RequestError(f"the table {table.name!r} of {source.name!r} has no column, or one that is named twice")
     if "." in schema:
         raise RequestError(f"the table {table.name!r} of {source.name!r} is not named TABLE or SCHEMA.TABLE")
-    rows, filtered, beside = _condition(table, name, dialect)
+    rows, filtered, beside = _condition(table, dialect)
     if dialect is Dialect.DUCKDB and beside.tables and set(table.statements) - {"select"}:
         # It cannot look at another table in RETURNING, where a changed row is held against the filter.
         raise RequestError(f"rows of the table {table.name!r} reads another table, so DuckDB cannot have it changed")
@@ -158,27 +159,26 @@ def _compile(table: TableScope, source: Source) -> Table:
     return compiled
 
 
-def _condition(table: TableScope, name: str, dialect: Dialect) -> tuple[str, frozenset[str], Beside]:
-    """The filter, written anew, so that whatever it is cannot end the parenthesis that it stands in."""
-    if not table.rows.strip():
+def _condition(table: TableScope, dialect: Dialect) -> tuple[str, frozenset[str], Beside]:
+    """The filter as it was written, if it is one condition and cannot end the parenthesis that it will stand in."""
+    text = table.rows.strip()
+    if not text:
         return "", frozenset(), Beside()
-    wrong = RequestError(f"rows of the table {table.name!r} is not one condition: {table.rows[:200]!r}")
+    wrong = RequestError(f"rows of the table {table.name!r} is not one condition without comments: {text[:200]!r}")
     try:
-        found = sqlglot.parse(f"SELECT 1 WHERE (\n{table.rows}\n)", read=SQLGLOT[dialect])
+        comments = any(token.comments for token in sqlglot.tokenize(f"({text})", read=SQLGLOT[dialect]))
+        found = sqlglot.parse(f"SELECT 1 WHERE ({text})", read=SQLGLOT[dialect])
     except (SqlglotError, RecursionError):
         raise wrong from None
     tree = found[0] if len(found) == 1 else None
-    if type(tree) is not exp.Select or {name for name, value in tree.args.items() if value} != {"expressions", "where"}:
+    if comments or type(tree) is not exp.Select:
         raise wrong
-    where = tree.args["where"]
-    condition = where.this.this if type(where.this) is exp.Paren else None
-    if condition is None:
+    if {part for part, value in tree.args.items() if value} != {"expressions", "where"}:
+        raise wrong
+    condition = tree.args["where"].this
+    if type(condition) is not exp.Paren:
         raise wrong
     columns = [column for column in condition.find_all(exp.Column) if column.find_ancestor(exp.Select) is tree]
-    for column in columns:
-        if column.table and key(column.table, dialect) == key(name, dialect):
-            column.set("table", None)  # the table has other names where it is changed
-    text = condition.sql(dialect=SQLGLOT[dialect], comments=False)
     functions = (
         node.name if isinstance(node, exp.Anonymous) else node.sql_name() for node in condition.find_all(exp.Func)
     )

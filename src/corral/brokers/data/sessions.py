@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +107,11 @@ class Session(ABC):
     def keys(self, table: Table) -> tuple[str, ...]:
         """The primary key of a table, where it must be known."""
         return ()
+
+    def plain(self, tables: Iterable[Table]) -> frozenset[Table]:
+        """Those of them that are tables: there, reading a column cannot fail, and a comparison is better made where the
+        rows come from. A view computes what it shows."""
+        return frozenset()
 
     # ---- the same for all ----
 

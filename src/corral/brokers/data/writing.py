@@ -109,7 +109,7 @@ class _Writer:
         if gives_back:
             change = f"{change} RETURNING {table.holds()} AS corral_holds, {table.seen()}"
         counts = not gives_back and bool(table.rows) and word != "delete"
-        slots = tuple(self._texts.slots)
+        slots = self._texts.slots
         return Write(
             word,
             table,
