@@ -29,6 +29,7 @@ from corral.brokers.api.paths import PathFault, Paths, read_path, template
 from corral.brokers.api.reading import Declared, Reader
 from corral.brokers.api.values import Asked, Place, Problem
 from corral.brokers.http import Request
+from corral.brokers.outward import tls_context
 from corral.policy.model import Service
 from tests.unit.api_bench import ALL, CANARY, DOCUMENT, HOST, Bench, Reply, Seen, bench, operations
 
@@ -507,7 +508,7 @@ async def test_a_service_must_show_a_certificate_that_is_trusted(tmp_path: Path)
         ({"SSL_CERT_FILE": str(authority)}, "127.0.0.1", "certificate"),
         ({"SSL_CERT_FILE": str(authority)}, "localhost", ""),
     ):
-        client = upstream.Client(upstream.tls_context(environment))
+        client = upstream.Client(tls_context(environment))
         try:
             reply = await client.ask("GET", f"https://{host}:{port}/", [], None, None, 1000)
             assert not reason and reply.status == 204

@@ -21,6 +21,7 @@ from corral.brokers.api.paths import PathFault, template
 from corral.brokers.api.reading import Declared, Reader
 from corral.brokers.api.tools import Described, described
 from corral.brokers.api.values import BodyKind, Join, Place
+from corral.brokers.setting import Setting
 from corral.errors import RequestError
 from corral.policy.model import Api, Operation, Policy, Service
 from tests.unit.api_bench import CREDENTIAL, DOCUMENT, operations
@@ -493,6 +494,13 @@ def test_authorities_that_are_missing_are_an_error() -> None:
     assert ssl.create_default_context().verify_mode is ssl.CERT_REQUIRED
 
 
-def test_two_services_may_have_one_document() -> None:
-    services = tuple(Service(name, str(DOCUMENT), "http://x.example", (Operation("listTickets"),)) for name in "ab")
-    prepare(Policy(api=Api(services=services)), {})
+async def test_two_services_may_have_one_document_and_tools_that_sound_alike(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("openapi: 3.1.0\npaths: {/a: {get: {operationId: b_c}}, /b: {get: {operationId: c}}}")
+    services = tuple(
+        Service(name, str(file), "http://x.example", (Operation(each),)) for name, each in (("a", "b_c"), ("a_b", "c"))
+    )
+    policy = Policy(api=Api(services=services))
+    opening = prepare(policy, {})
+    nobody: Any = object()
+    opening(Setting("box", "box", policy, nobody, nobody, (), None, nobody, ""))  # raises if they are called the same

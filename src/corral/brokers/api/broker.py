@@ -22,10 +22,11 @@ from corral.brokers.api.paths import PathFault, read_path
 from corral.brokers.api.reading import Reader
 from corral.brokers.api.shapes import told
 from corral.brokers.api.tools import Described, described
-from corral.brokers.api.upstream import Client, tls_context
+from corral.brokers.api.upstream import Client
 from corral.brokers.api.values import Operation
 from corral.brokers.http import Answering, Request
 from corral.brokers.mcp import Mcp, Tool, ToolResult
+from corral.brokers.outward import tls_context
 from corral.brokers.schemas import SchemaFault
 from corral.brokers.setting import Opening, Setting
 from corral.brokers.strict_json import Json, NotJson, parse, write

@@ -119,10 +119,7 @@ def _allow(operation: Operation, name: str, values: tuple[str, ...], texts: Sequ
 
 
 def _constrain(operation: Operation, constraint: Constraint, body: Json | bytes) -> None:
-    found = [] if isinstance(body, bytes) else list(_members(body, constraint.way))
-    if not found:
-        _allow(operation, constraint.name, constraint.values, ())
-    for value in found:
+    for value in (None,) if isinstance(body, bytes) else _members(body, constraint.way):
         elements = value if isinstance(value, list) else [value]
         if not all(isinstance(each, (*_PLAIN_TYPES, type(None))) for each in elements):
             raise Problem(403, f"The policy wants {shown(constraint.name)} to be a plain value.", operation.rule)

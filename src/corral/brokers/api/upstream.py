@@ -8,12 +8,10 @@ checked against the system's authorities.
 from __future__ import annotations
 
 import ssl
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from corral.credentials.secret import Secret
-from corral.errors import RequestError
 
 if TYPE_CHECKING:
     import aiohttp
@@ -148,12 +146,3 @@ def _reply(response: aiohttp.ClientResponse, body: bytes, secret: Secret | None)
 
 def _is_plain(value: bytes) -> bool:
     return not any((byte < 0x20 and byte != 0x09) or byte == 0x7F for byte in value)
-
-
-def tls_context(environment: Mapping[str, str]) -> ssl.SSLContext:
-    """The authorities of the system, or those that ``SSL_CERT_FILE`` and ``SSL_CERT_DIR`` name. Raises RequestError."""
-    file, directory = environment.get("SSL_CERT_FILE") or None, environment.get("SSL_CERT_DIR") or None
-    try:
-        return ssl.create_default_context(cafile=file, capath=directory)
-    except (OSError, ssl.SSLError, ValueError):
-        raise RequestError(f"SSL_CERT_FILE ({file}) or SSL_CERT_DIR cannot be read") from None

@@ -19,7 +19,8 @@ from corral.brokers.model.routes import Aim, Route, family_of, is_plain, route_o
 from corral.brokers.model.sending import Ready, ready
 from corral.brokers.model.shapes import Problem, fields, shaped
 from corral.brokers.model.turns import talk_of
-from corral.brokers.model.upstream import Client, tls_context
+from corral.brokers.model.upstream import Client
+from corral.brokers.outward import tls_context
 from corral.brokers.prices import Prices
 from corral.brokers.scanners import Scanner, load_scanners
 from corral.brokers.setting import Opening, Setting

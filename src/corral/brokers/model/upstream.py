@@ -11,10 +11,8 @@ import asyncio
 import io
 import re
 import ssl
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from corral.errors import RequestError
 from corral.policy.model import Patience
 
 if TYPE_CHECKING:
@@ -155,15 +153,6 @@ class Client:
 
     async def close(self) -> None:
         await self._session.close()
-
-
-def tls_context(environment: Mapping[str, str]) -> ssl.SSLContext:
-    """The authorities of the system, or those that ``SSL_CERT_FILE`` and ``SSL_CERT_DIR`` name. Raises RequestError."""
-    file, directory = environment.get("SSL_CERT_FILE") or None, environment.get("SSL_CERT_DIR") or None
-    try:
-        return ssl.create_default_context(cafile=file, capath=directory)
-    except (OSError, ssl.SSLError, ValueError):
-        raise RequestError(f"SSL_CERT_FILE ({file}) or SSL_CERT_DIR cannot be read") from None
 
 
 class Impatience:
