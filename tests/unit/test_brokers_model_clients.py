@@ -136,20 +136,20 @@ async def _all(stream: Any) -> list[Any]:
 TOOL = {"type": "object", "properties": {"command": {"type": "array", "items": {"type": "string"}}}}
 
 
-def asking(api: Api, is_stream: bool, turns: list[dict[str, Any]]) -> Ask:
+def asking(api: Api, is_stream: bool, turns: Any) -> Ask:
     async def chat(way: Way) -> Any:
         tools: Any = [{"type": "function", "function": {"name": "shell", "parameters": TOOL}}]
         made = await way.openai().chat.completions.create(
             model="m",
             messages=turns,
             tools=tools,
-            stream=is_stream,  # type: ignore[arg-type]
+            stream=is_stream,
         )
         return await _all(made) if is_stream else made.model_dump()  # type: ignore[union-attr]
 
     async def responses(way: Way) -> Any:
         tools: Any = [{"type": "function", "name": "shell", "parameters": TOOL, "strict": False}]
-        made = await way.openai().responses.create(model="m", input=turns, tools=tools, stream=is_stream)  # type: ignore[arg-type]
+        made = await way.openai().responses.create(model="m", input=turns, tools=tools, stream=is_stream)
         return await _all(made) if is_stream else made.model_dump()  # type: ignore[union-attr]
 
     async def messages(way: Way) -> Any:
@@ -159,7 +159,7 @@ def asking(api: Api, is_stream: bool, turns: list[dict[str, Any]]) -> Ask:
             messages=turns,
             max_tokens=100,
             tools=tools,
-            stream=is_stream,  # type: ignore[arg-type]
+            stream=is_stream,
         )
         return await _all(made) if is_stream else made.model_dump()  # type: ignore[union-attr]
 

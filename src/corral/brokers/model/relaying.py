@@ -108,7 +108,6 @@ class Relaying:
         scrubber = None if secret is None else secret.scrubber()
         if self._recording is not None:
             self._recording.start(reply.status, headers)
-        is_whole = False
         try:
             await answer.start(reply.status, headers, length=reply.length)
             while True:
@@ -125,7 +124,7 @@ class Relaying:
                 await self._pass(answer, data)
             if scrubber is not None:
                 await self._pass(answer, scrubber.end())
-            is_whole = True
+            self._record(is_whole=True)  # before the client has all of it
             if rest := self._end():
                 await answer.send(rest)
         except Failed:
@@ -136,9 +135,14 @@ class Relaying:
             self._end(is_abandoned=True)
             raise
         finally:
-            if self._recording is not None:
-                self._recording.finish(is_whole=is_whole)
+            self._record(is_whole=False)
         await answer.finish()
+
+    def _record(self, *, is_whole: bool) -> None:
+        """Once. Raises OSError."""
+        recording, self._recording = self._recording, None
+        if recording is not None:
+            recording.finish(is_whole=is_whole)
 
     async def _pass(self, answer: Answering, data: bytes) -> None:
         if not data:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,11 @@ ATTACHMENT = 1600
 """Tokens that an image, a document or a sound in a request is taken for."""
 BYTES_PER_TOKEN = 4
 """Of JSON in UTF-8, in which English text and code are. A rule of thumb: upstreams count for themselves."""
+_SHORT = 256
+"""Characters: what is no longer is read, whatever it is."""
+_BASE64 = re.compile(r"[A-Za-z0-9+/=_-]+")
+_DATA_URL = re.compile(r"data:[a-z0-9.+/;=-]{0,100},[A-Za-z0-9+/=_-]+")
+"""Of attachments, written so that no words can be in them."""
 _DEPTH = 4
 """Of content in content: a tool's result holds blocks, and a document blocks of its own."""
 
@@ -148,7 +154,9 @@ def texts_in(content: Any) -> Iterator[str]:
 
 
 def _is_attachment(name: str, value: Any) -> bool:
-    return type(value) is str and ((name in ("data", "file_data") and len(value) > 256) or value.startswith("data:"))
+    if type(value) is not str or len(value) < _SHORT:
+        return False
+    return bool(_DATA_URL.fullmatch(value) or (name in ("data", "file_data") and _BASE64.fullmatch(value)))
 
 
 # ---- an estimate ----
