@@ -272,7 +272,7 @@ async def test_a_stream_that_breaks_off_is_an_error_on_both_ways(tmp_path: Path)
         )
         with pytest.raises((httpx2.TransportError, openai.APIError)):
             async for each in stream:
-                events.append(each.model_dump())  # noqa: PERF401 (what came before the error counts)
+                events.append(each.model_dump())
         return events
 
     async with ScriptedUpstream(breaks) as up:
