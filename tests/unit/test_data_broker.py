@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,9 +16,11 @@ import pytest
 
 from corral.actions import Content, Ending, Kind, Query, Verdict
 from corral.approvals.queue import Question, Queue, Scope
-from corral.approvals.waiting import show
+from corral.approvals.waiting import read_waiting, show
 from corral.brokers.data.broker import DataBroker, prepare
+from corral.brokers.data.faults import Fault, SourceFault
 from corral.brokers.http import Connection, Room, serve
+from corral.cli import pending
 from corral.errors import RequestError
 from corral.monitor.plain import from_plain, to_plain
 from corral.policy.model import Data, DataLimits, DataRule, Dialect, Policy, Source, TableScope
@@ -157,6 +159,7 @@ async def test_a_change_waits_until_a_person_has_seen_the_rows(place: Place) -> 
     assert "1 row: update" in shown.preview
     assert 'before: [1,"Ada",' in shown.preview and ",120,2," in shown.preview
     assert (',125,2,"10"]' in shown.preview) == (place.dialect is not Dialect.MYSQL)
+    assert ("changes", "1 row: update") in pending._lines(read_waiting(asdict(shown)))
     assert "s3cret" not in shown.preview and "ada@one" not in shown.preview
     if place.dialect is not Dialect.DUCKDB:
         assert place.look("SELECT balance FROM customers WHERE id = 1") == [(120,)]  # nobody sees it yet
@@ -649,3 +652,81 @@ def test_a_library_that_is_not_there() -> None:
     with mock.patch("corral.brokers.data.broker.importlib.util.find_spec", lambda name: None):
         with pytest.raises(RequestError, match=r"corral\[data\]"):
             prepare(Policy(data=replace(ALL, sources=(source,))), {"PW": "x"})
+
+
+# ---- the walls below: had a query come through all else ----
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT secret FROM customers",
+        "SELECT count(tenant + length(secret)) FROM customers",
+        "SELECT * FROM payroll",
+        "WITH x AS (SELECT * FROM payroll) SELECT * FROM x",
+        "SELECT * FROM (SELECT salary FROM payroll) AS vip",
+        "SELECT sql FROM sqlite_schema",
+        "SELECT * FROM pragma_table_info('customers')",
+        "SELECT hex(name) FROM customers",
+        "SELECT load_extension('x')",
+        "ATTACH DATABASE ':memory:' AS x",
+        "PRAGMA query_only = OFF",
+        "INSERT INTO orders (id) VALUES (99)",
+        "DELETE FROM orders",
+        "DROP TABLE orders",
+        "CREATE TEMP TABLE x (a)",
+        "WITH RECURSIVE x(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM x LIMIT 5) SELECT n FROM x",
+    ],
+)
+async def test_what_sqlite_itself_refuses(sqlite_world: World, sql: str) -> None:
+    session = await sqlite_world.desk._pool.lease(writes=False)
+    with pytest.raises(SourceFault) as caught:
+        session.read(sql)
+    assert caught.value.fault in (Fault.PRIVILEGE, Fault.SYNTAX)
+    sqlite_world.desk._pool.give_back(session, writes=False)
+    assert (await sqlite_world.ask("SELECT count(*) FROM vip"))[1]["rows"] == [[2]]
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT * FROM read_csv('/etc/passwd')",
+        "SELECT * FROM '/etc/passwd'",
+        "COPY (SELECT 1) TO '/tmp/corral-test.csv'",
+        "ATTACH '/tmp/corral-test.db' AS x",
+        "SET enable_external_access = true",
+        "SET disabled_optimizers = ''",
+        "SET lock_configuration = false",
+        "INSTALL httpfs",
+        "DELETE FROM orders",
+    ],
+)
+async def test_what_duckdb_itself_refuses(tmp_path: Path, sql: str) -> None:
+    make_duckdb(tmp_path / "crm.db", oracle=False)
+    world = World(source_of(Dialect.DUCKDB, str(tmp_path / "crm.db")))
+    session = await world.desk._pool.lease(writes=False)
+    with pytest.raises(SourceFault):
+        session.read(sql)
+    world.desk._pool.give_back(session, writes=False)
+    await world.desk.close()
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT count(*) FROM customers",  # no table is found without its schema
+        "DELETE FROM public.orders",
+        "CREATE TABLE public.x (a int)",
+        "SELECT nextval('public.s')",
+        "SELECT pg_read_file('/etc/passwd')",
+        "COPY public.orders TO PROGRAM 'id'",
+    ],
+)
+async def test_what_postgresql_itself_refuses(postgresql: databases.Server, sql: str) -> None:
+    make_postgresql(postgresql.port, "crm", oracle=False)
+    world = World(source_of(Dialect.POSTGRESQL, f"postgresql://agent@127.0.0.1:{postgresql.port}/crm"))
+    session = await world.desk._pool.lease(writes=False)
+    with pytest.raises(SourceFault):
+        session.read(sql)
+    world.desk._pool.give_back(session, writes=False)
+    await world.desk.close()

@@ -10,7 +10,7 @@ from corral.brokers.data.addresses import Place, is_near
 from corral.brokers.data.faults import Fault, NotThere, SourceFault
 from corral.brokers.data.names import quote
 from corral.brokers.data.scope import Table
-from corral.brokers.data.sessions import Session
+from corral.brokers.data.sessions import BATCH, Session
 from corral.policy.model import Dialect, Source
 
 try:
@@ -64,6 +64,7 @@ class PostgresqlSession(Session):
 
     def __init__(self, source: Source, password: str, key: str) -> None:
         super().__init__(source)
+        self._beginning = ""
         place = Place.of(source.url)
         tls = {} if is_near(place.host) else {"sslmode": "verify-full", "sslrootcert": "system"}
         milliseconds = max(1, int(source.limits.time * 1000))
@@ -107,19 +108,30 @@ class PostgresqlSession(Session):
             raise
 
     def _begin(self, *, writes: bool) -> None:
-        self._run(f"BEGIN ISOLATION LEVEL READ COMMITTED READ {'WRITE' if writes else 'ONLY'}")
+        self._beginning = f"BEGIN ISOLATION LEVEL READ COMMITTED READ {'WRITE' if writes else 'ONLY'}; "
 
     def _run(self, sql: str) -> Any:
-        return self._connection.execute(sql.encode())
+        """With the beginning of the transaction in the same message, which saves its way."""
+        beginning, self._beginning = self._beginning, ""
+        cursor = self._connection.execute((beginning + sql).encode())
+        while cursor.nextset():
+            pass
+        return cursor
 
     def _select(self, sql: str, count: int) -> Any:
-        self._run(f"DECLARE corral_cursor NO SCROLL CURSOR WITHOUT HOLD FOR {sql}")
-        return _Portal(self._connection)
+        first = min(count, BATCH)
+        cursor = self._run(
+            f"DECLARE corral_cursor NO SCROLL CURSOR WITHOUT HOLD FOR {sql}; FETCH FORWARD {first} FROM corral_cursor"
+        )
+        return _Portal(self._connection, cursor, first)
 
     def _drop(self, cursor: Any) -> None:
         pass  # it goes with its transaction
 
     def _end(self, *, commit: bool) -> None:
+        if self._beginning:
+            self._beginning = ""
+            return
         self._run("COMMIT" if commit else "ROLLBACK")
 
     def _cost(self, sql: str) -> float:
@@ -158,16 +170,18 @@ class PostgresqlSession(Session):
 
 
 class _Portal:
-    """The cursor of a query."""
+    """The cursor of a query, of which the first rows have come."""
 
-    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+    def __init__(self, connection: psycopg.Connection[Any], cursor: Any, asked: int) -> None:
         self._connection = connection
-        self._cursor = self._fetch(0)
-        self.description = self._cursor.description
-
-    def _fetch(self, count: int) -> Any:
-        return self._connection.execute(f"FETCH FORWARD {count} FROM corral_cursor".encode())
+        self.description = cursor.description
+        self._rows: list[tuple[Any, ...]] = cursor.fetchall()
+        self._is_over = len(self._rows) < asked
 
     def fetchmany(self, count: int) -> list[tuple[Any, ...]]:
-        found: list[tuple[Any, ...]] = self._fetch(count).fetchall()
+        if not self._rows and not self._is_over:
+            sql = f"FETCH FORWARD {count} FROM corral_cursor"
+            self._rows = self._connection.execute(sql.encode()).fetchall()
+            self._is_over = len(self._rows) < count
+        found, self._rows = self._rows[:count], self._rows[count:]
         return found

@@ -100,7 +100,8 @@ class SqliteSession(Session):
 
     def _authorize(self, action: int, first: str | None, second: str | None, schema: str | None, by: str | None) -> int:
         """What has come through all else and is still not within the scope is refused here. ``by`` is the view or
-        trigger within which it stands: those are the operator's. (It may also be a common table expression.)"""
+        trigger within which it stands: those are the operator's. It may also be a common table expression, but those
+        have names of ours."""
         is_operators = by is not None and by.lower() in self._within
         if action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_TRANSACTION):
             return sqlite3.SQLITE_OK

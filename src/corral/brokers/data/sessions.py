@@ -20,7 +20,7 @@ from corral.brokers.data.values import to_json
 from corral.brokers.data.writing import PREVIEW
 from corral.policy.model import Source
 
-_BATCH = 64
+BATCH = 64
 """Rows that are fetched at a time, at most: each may be as large as the whole result may be."""
 
 
@@ -160,7 +160,7 @@ class Session(ABC):
         left = self._limits.bytes - sum(len(name) + 4 for name in columns)
         rows: list[str] = []
         while True:
-            batch = cursor.fetchmany(min(_BATCH, limit + 1 - len(rows)))
+            batch = cursor.fetchmany(min(BATCH, limit + 1 - len(rows)))
             if not batch:
                 return Rows(columns, tuple(rows), False)
             for each in batch:
@@ -204,7 +204,7 @@ class Session(ABC):
         columns = tuple(str(each[0]) for each in cursor.description or ())[1:]
         rows: list[str] = []
         affected, left, truncated = 0, self._limits.bytes, False
-        while batch := cursor.fetchmany(_BATCH):
+        while batch := cursor.fetchmany(BATCH):
             for holds, *row in batch:
                 affected += 1
                 if not holds and change.word != "delete":
