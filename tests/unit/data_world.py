@@ -177,7 +177,7 @@ class Told:
 
     decisions: list[Decision] = field(default_factory=list)
     used: list[Used] = field(default_factory=list)
-    kept: list[tuple[Content, bytes, bool, str]] = field(default_factory=list)
+    kept: list[tuple[Content, bytes, bool, str, int]] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
 
     def write(self, decision: Decision) -> None:
@@ -200,7 +200,7 @@ class Keeper:
         return 4096 if content is Content.QUERY else 0
 
     def keep(self, origin: Origin, content: Content, data: bytes, is_whole: bool, about: str, call: int = 0) -> None:
-        self._told.kept.append((content, data, is_whole, about))
+        self._told.kept.append((content, data, is_whole, about, call))
 
 
 ALL = Data(allow=(DataRule("crm", ("select", "insert", "update", "delete")),))

@@ -458,7 +458,8 @@ async def test_every_query_is_accounted_for(sqlite_world: World) -> None:
     assert one.rows == 1 and one.personal == ("crm.customers.name",) and one.rule == "data.allow[0]"
     assert two.personal == () and three.personal == ("crm.vip.name",)
     assert (four.ending, four.status, four.personal) == (Ending.REFUSED, 400, ())
-    content, data, whole, about = world.told.kept[0]
+    content, data, whole, about, call = world.told.kept[0]
+    assert call == world.told.used[0].call > 0, "its record and what is kept of it are tied together"
     assert (content, whole, about) == (Content.QUERY, True, "crm")
     assert json.loads(data) == {
         "sql": "SELECT id FROM customers WHERE name = :name",

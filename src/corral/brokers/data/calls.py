@@ -101,7 +101,8 @@ class Desk:
     async def ask(self, text: str, parameters: object, origin: Origin) -> Outcome:
         """Answers a query, and accounts for it."""
         origin = self._setting.steps.cause_of(origin, Query(self.source.name, ""))
-        self._keep(text, parameters, origin)
+        number = self._setting.next_call()
+        self._keep(text, parameters, origin, number)
         account, began = _Account(), time.time()
         started = time.monotonic()
         outcome, ending, reason = Outcome(500, ""), Ending.ABANDONED, "its client is gone"
@@ -133,17 +134,18 @@ class Desk:
                 bytes_up=len(text.encode("utf-8", "replace")),
                 bytes_down=len(outcome.body.encode()),
                 personal=account.personal,
+                call=number,
             )
             self._setting.account(used)
         return outcome
 
-    def _keep(self, text: str, parameters: object, origin: Origin) -> None:
+    def _keep(self, text: str, parameters: object, origin: Origin, number: int) -> None:
         keeper = self._setting.keeper
         most = 0 if keeper is None else keeper.keeps(Content.QUERY)
         if keeper is None or most <= 0:
             return
         data = json.dumps({"sql": text, "parameters": parameters}, ensure_ascii=False).encode("utf-8", "replace")
-        keeper.keep(origin, Content.QUERY, data[:most], len(data) <= most, self.source.name)
+        keeper.keep(origin, Content.QUERY, data[:most], len(data) <= most, self.source.name, number)
 
     async def _answer(self, text: str, parameters: object, origin: Origin, account: _Account) -> Outcome:
         try:
