@@ -199,10 +199,17 @@ def test_it_is_bounded(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(len(each["actions"]), each["actions_left_out"]) for each in found] == [(2, 0), (0, 2), (0, 2)]
 
 
-JSON: st.SearchStrategy[Any] = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("messages input tools".split()), inner),
-    max_leaves=8,
+NAMES = st.sampled_from("messages input tools".split())
+JSON: st.SearchStrategy[Any] = st.deferred(
+    lambda: (
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats()
+        | st.text(max_size=5)
+        | st.lists(JSON, max_size=3)
+        | st.dictionaries(NAMES, JSON, max_size=3)
+    )
 )
 
 
