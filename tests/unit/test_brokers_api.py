@@ -209,6 +209,14 @@ async def test_what_the_document_has_and_the_policy_has_not_is_a_denial() -> Non
         assert (await made.ask("PATCH", "/tickets/tickets")).headers["allow"] == "GET"
 
 
+async def test_an_account_has_no_words_of_the_agent() -> None:
+    async with bench(operations("listTickets", state=["open"])) as made:
+        for query in ("limit=private", "private=1", "state=closed&q=private", "q=private"):
+            assert (await made.ask("GET", f"/tickets/tickets?{query}")).status in (400, 403)
+        assert all(used.reason and "private" not in repr(used) for used in made.uses.found)
+        assert made.kept.found == []
+
+
 # ---- limits ----
 
 
@@ -237,6 +245,29 @@ async def test_requests_at_one_time() -> None:
         hold.set()
         assert [got.status for got in await asyncio.gather(*waiting)] == [200, 200]
         assert (await made.ask("GET", "/tickets/tickets")).status == 200
+
+
+async def test_limits_hold_with_many_clients() -> None:
+    async with bench(concurrent=4, requests_per_minute=200) as made:
+        now, most = 0, 0
+
+        async def answer(seen: Seen, _: Any) -> Reply:
+            nonlocal now, most
+            now += 1
+            most = max(most, now)
+            await asyncio.sleep(0.002)
+            now -= 1
+            return 200, [], b"{}"
+
+        made.upstream.answer = answer
+
+        async def client() -> list[int]:
+            return [(await made.ask("GET", "/tickets/tickets")).status for _ in range(10)]
+
+        statuses = [status for each in await asyncio.gather(*(client() for _ in range(64))) for status in each]
+        assert set(statuses) == {200, 429} and len(statuses) == 640 == len(made.uses.found)
+        assert 1 <= most <= 4 and statuses.count(200) == len(made.upstream.seen) <= 200
+        assert sum(used.ending is Ending.ANSWERED for used in made.uses.found) == statuses.count(200)
 
 
 async def until(true: Any) -> None:

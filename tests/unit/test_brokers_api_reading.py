@@ -494,6 +494,19 @@ def test_authorities_that_are_missing_are_an_error() -> None:
     assert ssl.create_default_context().verify_mode is ssl.CERT_REQUIRED
 
 
+async def test_a_document_that_has_changed_is_read_anew(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    policy = Policy(api=Api(services=(Service("s", str(file), "http://x.example", (Operation("a"),)),)))
+    nobody: Any = object()
+    for path in ("/1", "/1", "/2"):
+        file.write_text(f"openapi: 3.1.0\npaths: {{{path}: {{get: {{operationId: a}}}}}}")
+        handler = prepare(policy, {})(Setting("box", "box", policy, nobody, nobody, (), None, nobody, ""))
+        assert path in str(vars(handler)["_listed"])
+    file.unlink()
+    with pytest.raises(RequestError, match="cannot be read"):
+        prepare(policy, {})
+
+
 async def test_two_services_may_have_one_document_and_tools_that_sound_alike(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
     file.write_text("openapi: 3.1.0\npaths: {/a: {get: {operationId: b_c}}, /b: {get: {operationId: c}}}")

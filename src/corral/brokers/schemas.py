@@ -76,15 +76,10 @@ class _TooMuch(Exception):
 class Schema:
     """One schema, compiled."""
 
-    def __init__(self, schema: Mapping[str, Any]) -> None:
-        """Raises SchemaFault."""
-        _look(schema)
-        if not _has_room():
-            raise SchemaFault("is looked at from too deep a stack")
-        try:
-            Draft202012Validator.check_schema(schema)
-        except SchemaError as error:
-            raise SchemaFault(f"is no JSON schema: {_bounded(error.message)}") from None
+    def __init__(self, schema: Mapping[str, Any], *, is_checked: bool = False) -> None:
+        """``is_checked``: all of it has been, by :func:`check_schema`. Raises SchemaFault."""
+        if not is_checked:
+            check_schema(schema)
         self._validator = _Counted(schema, registry=Registry())
 
     async def check(self, value: Json) -> str | None:
@@ -121,6 +116,17 @@ class Schema:
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path)
         where = f"{_bounded(place.lstrip('.'))}: " if place else ""
         return f"{where}{_bounded(error.message)}"
+
+
+def check_schema(schema: Mapping[str, Any]) -> None:
+    """Whether it can be checked with, but not whether its references lead anywhere. Raises SchemaFault."""
+    _look(schema)
+    if not _has_room():
+        raise SchemaFault("is looked at from too deep a stack")
+    try:
+        Draft202012Validator.check_schema(schema)
+    except SchemaError as error:
+        raise SchemaFault(f"is no JSON schema: {_bounded(error.message)}") from None
 
 
 def _has_room() -> bool:

@@ -8,18 +8,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import ssl
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
 from corral.actions import Origin
-from corral.brokers.api.asking import read
+from corral.brokers.api.asking import read as read_request
 from corral.brokers.api.calling import PROBLEM, Answer, Calls, Ready, problem
 from corral.brokers.api.cut import Cutter
-from corral.brokers.api.document import load
+from corral.brokers.api.document import parsed, read
 from corral.brokers.api.paths import PathFault, read_path
-from corral.brokers.api.reading import Reader
+from corral.brokers.api.reading import Declared, Reader
 from corral.brokers.api.shapes import told
 from corral.brokers.api.tools import Described, described
 from corral.brokers.api.upstream import Client
@@ -27,7 +32,6 @@ from corral.brokers.api.values import Operation
 from corral.brokers.http import Answering, Request
 from corral.brokers.mcp import Mcp, Tool, ToolResult
 from corral.brokers.outward import tls_context
-from corral.brokers.schemas import SchemaFault
 from corral.brokers.setting import Opening, Setting
 from corral.brokers.strict_json import Json, NotJson, parse, write
 from corral.credentials.secret import load as load_secret
@@ -38,6 +42,8 @@ from corral.version import VERSION
 
 MAX_BODY = 4 << 20
 DOCUMENT = "/openapi.json"
+MAX_KEPT = 16
+"""Documents that are understood once for all sandboxes of a controlling process."""
 MAX_STRUCTURED = 1 << 20
 """Bytes of an answer that a tool gives as values, too."""
 _SERVICE = re.compile(r"/([^/]+)(/.*)?")
@@ -59,18 +65,56 @@ def _ready(service: Service, index: int, environment: Mapping[str, str], taken: 
     secret = None if service.credential is None else load_secret(service.credential, environment)
     url = f"{Broker.API.url}/{service.name}"
     try:
-        document = load(service.document)
         header = "" if secret is None else secret.header.decode("ascii")
-        declared = Reader(document, service, rule, header).read()
-        cut = Cutter(document).cut(declared.operations, url)
-        tools = tuple(described(service.name, declared.operations, taken))
-    except SchemaFault as fault:
-        raise RequestError(f"{rule}: {service.document} has a schema that {fault}") from None
+        understood = _understood(service, rule, header, url)
     except RequestError as error:
         raise RequestError(f"{rule}: {service.document}: {error}") from None
-    info = cut.get("info")
-    title = told(info.get("title"), 200) if isinstance(info, dict) else ""
-    return Ready(service, declared, secret, rule, url, write(cut), title, tools)
+    tools = tuple(described(service.name, understood.declared.operations, taken))
+    return Ready(service, understood.declared, secret, rule, url, understood.cut, understood.title, tools)
+
+
+@dataclass(frozen=True, slots=True)
+class _Understood:
+    """What a document comes to for one service."""
+
+    declared: Declared
+    cut: bytes
+    title: str
+
+
+_kept: OrderedDict[tuple[bytes, Service, str, str], _Understood] = OrderedDict()
+_lock = threading.Lock()
+
+
+def _understood(service: Service, rule: str, header: str, url: str) -> _Understood:
+    """A document is read each time, but understood only when it is another: a large one takes seconds, and a pool of
+    sandboxes has one for all. Raises RequestError."""
+    data = read(service.document)
+    key = (hashlib.sha256(data).digest(), service, rule, header)
+    with _lock:
+        found = _kept.get(key)
+    if found is None:
+        document = parsed(data)
+        declared = Reader(document, service, rule, header).read()
+        cut = Cutter(document).cut(declared.operations, url)
+        info = cut.get("info")
+        title = told(info.get("title"), 200) if isinstance(info, dict) else ""
+        found = _Understood(declared, write(cut), title)
+    with _lock:
+        _kept[key] = found
+        _kept.move_to_end(key)
+        while len(_kept) > MAX_KEPT:
+            _kept.popitem(last=False)
+    return found
+
+
+def _after_fork() -> None:
+    """A lock that another thread held stays locked in a child."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class ApiBroker:
@@ -137,7 +181,7 @@ class ApiBroker:
         here = [each for each in ready.declared.operations if each.template.text == template.text]
         for operation in here:
             if operation.method == request.method:
-                return await calls.call(operation, partial(read, operation, request, arguments), request.origin)
+                return await calls.call(operation, partial(read_request, operation, request, arguments), request.origin)
         if ready.declared.has(template.text, request.method):
             return await calls.refuse(f"{request.method} {template.text}", request.method, request.origin)
         allowed = ", ".join(sorted(each.method for each in here)).encode("ascii")

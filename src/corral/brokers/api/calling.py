@@ -130,8 +130,10 @@ class Calls:
         try:
             out = await outgoing(operation, ask())
         except Problem as wrong:
-            account.reason = wrong.reason
+            # What is wrong is told with the client's own words, which are kept only where contents are.
+            account.reason = "The request is not as its operation wants it."
             if wrong.rule:
+                account.reason = "An argument is not one that the policy allows."
                 decision = await self._deny(subject, origin, wrong.rule, wrong.reason)
                 account.rule = decision.rule
                 return problem(wrong.status, _told(decision))

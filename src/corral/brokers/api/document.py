@@ -100,7 +100,11 @@ class Document:
 
 def load(path: str) -> Document:
     """Raises RequestError, which does not say which file it is."""
-    data = _read(path)
+    return parsed(read(path))
+
+
+def parsed(data: bytes) -> Document:
+    """Raises RequestError."""
     try:
         # Most of JSON is YAML too, but takes ten times as long to read.
         value = parse(data, depth=MAX_DEPTH, values=MAX_VALUES) if data.lstrip()[:1] == b"{" else _from_yaml(data)
@@ -127,7 +131,8 @@ def _from_yaml(data: bytes) -> Json:
     return value
 
 
-def _read(path: str) -> bytes:
+def read(path: str) -> bytes:
+    """Raises RequestError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except (OSError, ValueError) as error:

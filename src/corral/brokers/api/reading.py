@@ -16,7 +16,7 @@ from corral.brokers.api.media import kind_of, media_type
 from corral.brokers.api.paths import PathFault, Paths, Template, template
 from corral.brokers.api.shapes import Shapes, told
 from corral.brokers.api.values import Argument, BodyKind, Constraint, Join, Media, Operation, Place
-from corral.brokers.schemas import Schema, SchemaFault
+from corral.brokers.schemas import SchemaFault
 from corral.brokers.strict_json import Json
 from corral.errors import RequestError
 from corral.policy.model import Operation as Named
@@ -46,7 +46,6 @@ _OVERRIDES = frozenset(("_method", "_httpmethod", "x-http-method", "x-http-metho
 class Declared:
     """A service, read."""
 
-    document: Document
     paths: Paths
     operations: tuple[Operation, ...]
     places: frozenset[tuple[str, str]]
@@ -65,6 +64,7 @@ class Reader:
         self._document, self._service, self._rule = document, service, rule
         self._never = _NEVER | {secret_header.replace("_", "-")}
         self._places = dict(self._all_places())
+        self._shapes = Shapes(document)
 
     def read(self) -> Declared:
         """Raises RequestError, which says what of the document it is about."""
@@ -82,7 +82,7 @@ class Reader:
             except RequestError as error:
                 raise RequestError(f"operation {named.id!r} {error}") from None
         places = frozenset((path, method.upper()) for path, method in self._places)
-        return Declared(self._document, Paths(self._templates()), tuple(operations), places)
+        return Declared(Paths(self._templates()), tuple(operations), places)
 
     # ---- where they are ----
 
@@ -126,7 +126,7 @@ class Reader:
             where = template(path)
         except PathFault as fault:
             raise RequestError(f"has a path that is not taken: {fault}") from None
-        shapes = Shapes(self._document)
+        shapes = self._shapes
         written = list(self._parameters(self._places[path, method][0], body))
         shaped = [(parameter, shapes.shape(parameter.get("schema"))) for parameter in written]
         needs_body, bodies = self._bodies(shapes, body, method)
@@ -142,7 +142,7 @@ class Reader:
                 f"does not declare {sorted(missing)[0]!r} of its path, or not in a form that is known here"
             )
         media = tuple(
-            Media(type_, kind, _compiled(shape, shapes), shape)
+            Media(type_, kind, shapes.compiled(shape), shape)
             if kind in (BodyKind.JSON, BodyKind.FORM)
             else Media(type_, kind, None, shape)
             for type_, kind, shape in bodies
@@ -159,7 +159,7 @@ class Reader:
             media,
             needs_body,
             constraints,
-            shapes.definitions,
+            shapes.definitions(*(each.shape for each in arguments), *(each.shape for each in media)),
             description,
             rule,
         )
@@ -207,7 +207,7 @@ class Reader:
             is_array,
             join,
             (elements - {"null"}) or frozenset(("string",)),
-            _compiled(shape, shapes),
+            shapes.compiled(shape),
             shape,
             told(parameter.get("description")),
         )
@@ -232,10 +232,6 @@ class Reader:
 
 
 _PLACES = frozenset(place.value for place in Place)
-
-
-def _compiled(shape: Mapping[str, Json], shapes: Shapes) -> Schema:
-    return Schema({**shape, "$defs": shapes.definitions} if shapes.definitions else shape)
 
 
 def _join(parameter: Mapping[str, Json], place: Place | None, *, is_array: bool) -> Join | None:

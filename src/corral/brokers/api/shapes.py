@@ -8,15 +8,16 @@ answers have (``readOnly``) are not required of a request. What cannot be said i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from corral.brokers.api.document import Document
+from corral.brokers.schemas import Schema, check_schema
 from corral.brokers.strict_json import Json
 from corral.errors import RequestError
 from corral.policy.document import escaped
 
-MAX_SHAPES = 20_000
-"""Schemas that the arguments of one operation are made of."""
+MAX_SHAPES = 50_000
+"""Schemas that the arguments of all operations are made of."""
 MAX_TEXT = 1000
 """Characters of a description."""
 
@@ -55,15 +56,15 @@ def told(text: object, limit: int = MAX_TEXT) -> str:
 
 
 class Shapes:
-    """The schemas of one operation, which share their definitions."""
+    """The schemas of one document, which share their definitions: each is read and checked once."""
 
     def __init__(self, document: Document) -> None:
         self._document = document
         self._names: dict[str, str] = {}
         self._waiting: list[str] = []
         self._count = 0
-        self.definitions: dict[str, Json] = {}
-        """By name; complete after :meth:`finish`."""
+        self._definitions: dict[str, dict[str, Json]] = {}
+        self._leads_to: dict[str, frozenset[str]] = {}
 
     def shape(self, schema: Json) -> dict[str, Json]:
         """Raises RequestError."""
@@ -105,7 +106,26 @@ class Shapes:
         """Completes the definitions. Raises RequestError."""
         while self._waiting:
             reference = self._waiting.pop()
-            self.definitions[self._names[reference]] = self.shape(self._document.at(reference))
+            name, shape = self._names[reference], self.shape(self._document.at(reference))
+            check_schema(shape)
+            self._definitions[name], self._leads_to[name] = shape, frozenset(_references(shape))
+
+    def definitions(self, *shapes: Mapping[str, Json]) -> dict[str, Json]:
+        """What their references lead to. After :meth:`finish`."""
+        found: dict[str, Json] = {}
+        waiting = [name for shape in shapes for name in _references(shape)]
+        while waiting:
+            name = waiting.pop()
+            if name not in found and name in self._definitions:
+                found[name] = self._definitions[name]
+                waiting.extend(self._leads_to[name])
+        return dict(sorted(found.items()))
+
+    def compiled(self, shape: Mapping[str, Json]) -> Schema:
+        """After :meth:`finish`. Raises SchemaFault."""
+        check_schema(shape)
+        definitions = self.definitions(shape)
+        return Schema({**shape, "$defs": definitions} if definitions else shape, is_checked=True)
 
     def kinds(self, shape: Mapping[str, Json]) -> frozenset[str]:
         """Which of JSON Schema's types its values may have; none where it does not say. After :meth:`finish`."""
@@ -127,8 +147,7 @@ class Shapes:
         reference = shape.get("$ref")
         if not isinstance(reference, str):
             return None
-        target = self.definitions.get(reference.removeprefix(_DEFINITIONS))
-        return target if isinstance(target, dict) else None
+        return self._definitions.get(reference.removeprefix(_DEFINITIONS))
 
     def _kinds(self, shape: Mapping[str, Json], left: int) -> frozenset[str]:
         stated = shape.get("type")
@@ -174,6 +193,20 @@ class Shapes:
 
     def _is_of_answers(self, schema: Json) -> bool:
         return isinstance(schema, dict) and self._document.resolved(schema).get("readOnly") is True
+
+
+def _references(shape: Json | Mapping[str, Json]) -> Iterator[str]:
+    """The names of definitions that are referred to; also those that data only looks like, where they are there."""
+    waiting: list[Json | Mapping[str, Json]] = [shape]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, list):
+            waiting.extend(each)
+        elif isinstance(each, Mapping):
+            reference = each.get("$ref")
+            if isinstance(reference, str) and reference.startswith(_DEFINITIONS):
+                yield reference.removeprefix(_DEFINITIONS)
+            waiting.extend(each.values())
 
 
 def _modern(schema: Mapping[str, Json], found: dict[str, Json]) -> None:

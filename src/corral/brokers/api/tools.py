@@ -51,7 +51,7 @@ class Described:
 
 def described(service: str, operations: Sequence[Operation], taken: set[str]) -> Iterator[Described]:
     """All that can be tools: not those that need a body that a model cannot write. ``taken`` are the names that there
-    are, and is added to. Raises SchemaFault."""
+    are, and is added to."""
     for operation in operations:
         media = _media(operation)
         if operation.needs_body and media is None:
@@ -86,7 +86,7 @@ def _described(service: str, operation: Operation, media: Media | None, taken: s
         _tool_name(service, operation.id, taken),
         _description(operation),
         schema,
-        Schema(schema),
+        Schema(schema, is_checked=True),
         operation,
         names,
         body,
