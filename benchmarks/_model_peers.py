@@ -45,9 +45,7 @@ def _framed(data: bytes) -> bytes:
 
 _EVENTS = [_event(number) for number in range(64)]
 _LAST = (
-    _framed(
-        b'data: {"id":"c","object":"chat.completion.chunk","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
-    )
+    _framed(b'data: {"id":"c","model":"m","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n')
     + _framed(
         b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":20,"completion_tokens":100,"total_tokens":120}}\n\n'
     )
@@ -153,7 +151,7 @@ class _Crowd(asyncio.Protocol):
             self._done.set_exception(ConnectionError("the stream broke off"))
 
 
-async def _crowd(port: int, model: str, streams: int, key: str, turns: int) -> None:
+async def _crowd(port: int, model: str, streams: int, key: str, turns: int, ramp: float) -> None:
     loop = asyncio.get_running_loop()
     messages = [{"role": "user", "content": "Tell me a story. " * 40}]
     body = json.dumps({"model": model, "stream": True, "messages": messages, "max_tokens": 1000}).encode()
@@ -169,7 +167,7 @@ async def _crowd(port: int, model: str, streams: int, key: str, turns: int) -> N
         )
         clients.append((client, done))
     for at, (client, _) in enumerate(clients):
-        loop.call_later(0.5 * at / streams, client.ask)  # not all in one moment
+        loop.call_later(ramp * at / streams, client.ask)  # not all in one moment
     await asyncio.gather(*(done for _, done in clients))
     if turns > 1:
         await _again(clients[0][0], turns)
@@ -266,6 +264,7 @@ def main() -> None:
     parser.add_argument("--model", default="")
     parser.add_argument("--streams", type=int, default=1)
     parser.add_argument("--turns", type=int, default=1)
+    parser.add_argument("--ramp", type=float, default=0.5)
     parser.add_argument("--key", default="none")
     given = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
@@ -274,7 +273,7 @@ def main() -> None:
     elif given.role == "upstream":
         asyncio.run(_upstream(given.port))
     else:
-        asyncio.run(_crowd(given.port, given.model, given.streams, given.key, given.turns))
+        asyncio.run(_crowd(given.port, given.model, given.streams, given.key, given.turns, given.ramp))
 
 
 if __name__ == "__main__":

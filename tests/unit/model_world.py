@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -74,16 +75,17 @@ def _head(status: int, fields: Mapping[str, str]) -> bytes:
 class ScriptedUpstream:
     """Answers each request with the next script, the last again and again."""
 
-    def __init__(self, *scripts: Script) -> None:
+    def __init__(self, *scripts: Script, tls: ssl.SSLContext | None = None) -> None:
         self.scripts = list(scripts)
         self.seen: list[Exchange] = []
         self._server: asyncio.Server | None = None
+        self._tls = tls
         self._tasks: set[asyncio.Task[None]] = set()
         self.port = 0
         self.connections = 0
 
     async def __aenter__(self) -> ScriptedUpstream:
-        self._server = await asyncio.start_server(self._client, "127.0.0.1", 0, limit=1 << 26)
+        self._server = await asyncio.start_server(self._client, "127.0.0.1", 0, limit=1 << 26, ssl=self._tls)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -96,7 +98,7 @@ class ScriptedUpstream:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://127.0.0.1:{self.port}" if self._tls is None else f"https://localhost:{self.port}"
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from corral.actions import Content, Ending
 from corral.brokers.model import relaying
@@ -18,6 +25,7 @@ from corral.errors import RequestError
 from corral.policy.model import Budget, Guard, ModelApi, ModelRule, Note, Patience, Policy, Price
 from tests.unit.model_world import (
     CANARY,
+    HOST,
     PATIENCE,
     Answered,
     Exchange,
@@ -567,6 +575,42 @@ async def test_chunks_that_are_none_break_the_answer(up: ScriptedUpstream) -> No
     assert not answer.is_whole and account.ending is Ending.FAILED
 
 
+async def test_a_stream_that_ends_before_the_answer_does_is_told_in_the_record(up: ScriptedUpstream) -> None:
+    """The client sees that for itself: HTTP has ended as it should."""
+
+    async def ends(exchange: Exchange) -> None:
+        await exchange.stream(SAID[:2])
+
+    answer, account, _ = await failing(up, ends)
+    assert answer.is_whole and account.ending is Ending.ANSWERED
+    assert "broke off" in account.reason and account.estimated and account.output_tokens > 0
+
+
+async def test_connections_are_used_again_and_no_proxy_is(
+    up: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    async with world(model(upstream(up))) as made:
+        assert [(await made.post(CHAT, asks())).status for _ in range(3)] == [200] * 3
+    assert up.connections == 1
+
+
+async def test_a_large_request_does_not_hold_up_others(up: ScriptedUpstream) -> None:
+    async with world(model(upstream(up))) as made:
+        large, small = await asyncio.gather(made.post(CHAT, asks("x" * (4 << 20))), made.post(CHAT, asks()))
+    assert large.status == small.status == 200
+    assert len(up.seen[1].body) > 4 << 20  # it was sent after the other
+
+
+async def test_a_request_that_is_too_large_is_not_read(up: ScriptedUpstream) -> None:
+    async with world(model(upstream(up))) as made:
+        client = await made.connect()
+        await client.send(f"POST {CHAT} HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: {33 << 20}\r\n\r\n".encode())
+        answer = await client.answer()
+    assert answer.status == 413 and not up.seen
+
+
 async def test_a_client_that_goes_ends_the_request_upstream(up: ScriptedUpstream) -> None:
     ended = asyncio.Event()
 
@@ -627,6 +671,43 @@ async def test_a_client_that_does_not_read_holds_the_upstream_back(up: ScriptedU
         assert 0 < written < 16 << 20
         answer = await client.answer()
     assert answer.is_whole and len(answer.body) == 500 * len(piece)
+
+
+def certificate(directory: Path) -> tuple[ssl.SSLContext, str]:
+    """Of localhost, by itself; and its file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")]), datetime.now(UTC)
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, now - timedelta(days=1), now + timedelta(days=1))
+    made = made.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+    made = made.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    pem = made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (directory / "both.pem").write_bytes(private + pem)
+    (directory / "certificate.pem").write_bytes(pem)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(directory / "both.pem")
+    return context, str(directory / "certificate.pem")
+
+
+async def test_an_upstream_must_show_a_certificate_that_is_trusted(tmp_path: Path) -> None:
+    tls, file = certificate(tmp_path)
+    async with ScriptedUpstream(says_whole, tls=tls) as up:
+        async with world(model(upstream(up))) as made:
+            stranger = await made.post(CHAT, asks())
+            account = await used(made)
+        assert not up.seen
+        async with world(model(upstream(up)), environment={"KEY": CANARY, "SSL_CERT_FILE": file}) as made:
+            trusted = await made.post(CHAT, asks())
+    assert stranger.status == 502 and "not to be trusted" in stranger.json["error"]["message"]
+    assert account.ending is Ending.FAILED and not account.estimated  # nothing was sent
+    assert trusted.status == 200
+
+
+def test_a_file_of_authorities_that_is_not_there_is_an_error_of_the_request() -> None:
+    with pytest.raises(RequestError, match="SSL_CERT_FILE"):
+        prepare(Policy(model=model()), {"SSL_CERT_FILE": "/nonexistent"})
 
 
 # ---- steps ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ssl import SSLContext
@@ -10,7 +11,7 @@ from urllib.parse import unquote
 from corral.brokers.budgets import Budgets
 from corral.brokers.guard import Guard
 from corral.brokers.http import Answering, Request
-from corral.brokers.model.asking import Unclear, read
+from corral.brokers.model.asking import Asked, Unclear, read
 from corral.brokers.model.calls import Call, Means
 from corral.brokers.model.capture import Capture
 from corral.brokers.model.conversations import Conversations
@@ -18,7 +19,7 @@ from corral.brokers.model.listing import Listing, as_list
 from corral.brokers.model.routes import Aim, Route, family_of, is_plain, route_of
 from corral.brokers.model.sending import Ready, ready
 from corral.brokers.model.shapes import Problem, fields, shaped
-from corral.brokers.model.turns import talk_of
+from corral.brokers.model.turns import Talk, talk_of
 from corral.brokers.model.upstream import Client
 from corral.brokers.outward import tls_context
 from corral.brokers.prices import Prices
@@ -27,6 +28,8 @@ from corral.brokers.setting import Opening, Setting
 from corral.policy.model import ModelApi, Policy
 
 MAX_BODY = 32 << 20
+LARGE = 512 * 1024
+"""Bytes of a body that is not read in the thread in which all others wait."""
 
 
 def prepare(policy: Policy, environment: Mapping[str, str], capture: Capture | None = None) -> Opening:
@@ -94,14 +97,19 @@ class ModelBroker:
             problem, reason = Problem.MEDIA, "The body must be application/json, in UTF-8."
         else:
             try:
-                asked = read(route.api, request.body)
-                talk = talk_of(asked)
+                call = await self._call(route, request)
             except Unclear as unclear:
                 problem, reason = Problem.INVALID, str(unclear)
             else:
-                await Call(self._means, route, request, asked, talk).serve(answer)
+                await call.serve(answer)
                 return
         await _refuse(answer, family, problem, reason)
+
+    async def _call(self, route: Route, request: Request) -> Call:
+        """Raises Unclear."""
+        if len(request.body) < LARGE:
+            return Call(self._means, route, request, *_read(route, request))
+        return Call(self._means, route, request, *await asyncio.to_thread(_read, route, request))
 
     async def _list(self, route: Route, request: Request, answer: Answering) -> None:
         models = await self._listing.models(route.family, request.headers)
@@ -126,6 +134,12 @@ class ModelBroker:
             self._threads.shutdown(wait=False)
         if self._capture is not None:
             self._capture.close()
+
+
+def _read(route: Route, request: Request) -> tuple[Asked, Talk]:
+    """Raises Unclear."""
+    asked = read(route.api, request.body)
+    return asked, talk_of(asked)
 
 
 async def _refuse(answer: Answering, family: ModelApi, problem: Problem, reason: str) -> None:

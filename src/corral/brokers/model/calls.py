@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from corral.actions import Content, Decision, Ending, Kind, ModelCall, ToolCall, Used
 from corral.brokers.bounds import OverBudget
@@ -119,6 +119,8 @@ class Call:
         if not self._route.is_count:
             await self._look()
             self._place()
+        if self._means.capture is None:
+            self._asked = replace(self._asked, values={})  # many times as large as the body, and read by nobody now
         await self._exchange(candidates, answer)
 
     # ---- before anything is sent ----
@@ -281,6 +283,8 @@ class Call:
         account, means, relaying = self._account, self._means, self._relaying
         if relaying is not None:
             account.answer, account.bytes_down = relaying.answer, relaying.received
+            if account.ending is Ending.ANSWERED and relaying.answer is not None and relaying.answer.fault:
+                account.reason = "; ".join(filter(None, (account.reason, f"the answer: {relaying.answer.fault}")))
             self._keep_answer(relaying)
         if self._conversation is not None:
             if relaying is not None and self._route.api is Api.RESPONSES and not account.opened:
