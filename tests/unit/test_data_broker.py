@@ -409,9 +409,16 @@ async def test_64_clients_hold_the_limits(place: Place) -> None:
 async def test_a_query_that_costs_too_much(postgresql: databases.Server) -> None:
     make_postgresql(postgresql.port, "crm", oracle=False)
     source = source_of(
-        Dialect.POSTGRESQL, f"postgresql://agent@127.0.0.1:{postgresql.port}/crm", limits=DataLimits(cost=100.0)
+        Dialect.POSTGRESQL,
+        f"postgresql://agent@127.0.0.1:{postgresql.port}/crm",
+        limits=DataLimits(cost=100.0),
+        tables=CHANGEABLE,
+        hold_writes=False,
     )
     world = World(source)
+    many = "(SELECT count(*) FROM orders a, orders b, orders c, orders d, orders e, orders f, orders g, orders h) > 0"
+    status, body = await world.ask(f"UPDATE customers SET name = 'x' WHERE {many}")
+    assert (status, body["error"]["type"]) == (422, "too_much")
     assert (await world.ask("SELECT count(*) FROM orders"))[0] == 200
     status, body = await world.ask(
         "SELECT count(*) FROM orders a, orders b, orders c, orders d, orders e, orders f, orders g, orders h"

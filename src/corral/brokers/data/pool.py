@@ -138,11 +138,10 @@ class Pool:
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
+            session.is_broken = True  # the cancelling may come late, and must not hit the next query
             self._aside(session.cancel)
             done, _ = await asyncio.wait([future], timeout=_LEAVE)
-            if not done:
-                session.is_broken = True
-            elif not future.cancelled():
+            if done and not future.cancelled():
                 future.exception()  # it is of no interest
             raise
         finally:

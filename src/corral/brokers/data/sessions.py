@@ -186,6 +186,7 @@ class Session(ABC):
         """Changes something in a transaction that stays open. Raises SourceFault, TooMuch; nothing is changed then."""
         with self._guarded():
             self._begin(writes=True)
+            self._check_cost(change.sql)
             before = self._collect(self._run(change.before), most=PREVIEW) if change.before else None
             there = self._number(change.count) if change.count else 0
             cursor = self._run(change.sql)
@@ -233,6 +234,7 @@ class Session(ABC):
 
     def expire(self) -> None:
         """Its time is over. From any thread."""
+        self.is_broken = True
         self._deadline = 0.0
         self.cancel()
 
