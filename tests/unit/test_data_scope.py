@@ -211,4 +211,6 @@ async def test_any_query_sees_the_scope_only(world: World, place: Place, dialect
 
 def test_most_queries_of_the_grammar_were_answered() -> None:
     """Else the one before says little."""
+    if not data_queries.ANSWERED:
+        pytest.skip("it was not run")
     assert all(data_queries.ANSWERED[dialect] >= 75 for dialect in Dialect), data_queries.ANSWERED
