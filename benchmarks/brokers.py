@@ -1,4 +1,4 @@
-"""Figures of the brokers: what a model's first token, a stream, and a crowd of streams cost that go through one.
+"""Figures of the brokers: what first tokens of models, streams, and queries of data cost that go through one.
 
     .venv/bin/python benchmarks/brokers.py             all figures; as root, once more as an ordinary user
     .venv/bin/python benchmarks/brokers.py --quick     fewer rounds
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import sys
 
+from _data_broker import data_postgresql_figure, data_sqlite_figure
 from _model_broker import crowd_figure, fast_figure, first_figure, paced_figure
 from _program import Figure, run
 
@@ -24,6 +25,8 @@ FIGURES = {
     "paced": Figure(paced_figure),
     "fast": Figure(fast_figure),
     "crowd": Figure(crowd_figure),
+    "data": Figure(data_postgresql_figure),
+    "data-sqlite": Figure(data_sqlite_figure),
 }
 
 if __name__ == "__main__":
