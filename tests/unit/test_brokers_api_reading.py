@@ -223,6 +223,12 @@ def test_a_parameter_in_a_form_that_is_not_known_does_not_exist(parameter: dict[
             read(get(required), "op")
 
 
+def test_two_headers_that_are_one_are_an_error() -> None:
+    for other in ("x-a", "X_A"):
+        with pytest.raises(RequestError, match="two headers"):
+            read(get(*({"name": name, "in": "header", "schema": STRING} for name in ("X-A", other))), "op")
+
+
 def test_bodies_of_known_kinds() -> None:
     content: dict[str, Any] = {
         "application/json": {},
