@@ -99,6 +99,8 @@ async def test_what_there_is_is_told() -> None:
             "api-key",
             "_method",
             "someone@",
+            "deleteTicket",
+            "host-17",
             "\x1b",
         ):
             assert absent not in text
@@ -302,7 +304,16 @@ async def test_a_member_of_a_body_is_one_of_those_the_policy_names() -> None:
         await constrained(made, {**project, "labels": ["bug", "security"]}, status=403)
         await constrained(made, {**project, "labels": []}, status=200)  # the globs name the empty text
         await constrained(made, {**project, "project": None}, status=400)  # against the document
-        for other in ("Key", "KEY", "k_ey", "key[]"):  # what a server could take for the member, too
+        for other in (
+            "Key",
+            "KEY",
+            "k_ey",
+            "key[]",
+            "key[x]",
+            "key.x",
+            "\uff4bey",
+            "key ",
+        ):  # what a server could take for the member, too
             await constrained(made, {"title": "x", "project": {"key": "CORE", other: "OTHER"}}, status=400)
         for other in ("Project", "project[]", "PROJECT"):
             await constrained(made, {**project, other: {"key": "OTHER"}}, status=400)

@@ -17,10 +17,11 @@ from jsonschema import Draft202012Validator
 from corral.brokers.api.broker import prepare
 from corral.brokers.api.cut import Cutter
 from corral.brokers.api.document import MAX_BYTES, Document, load
+from corral.brokers.api.media import FORM, matching
 from corral.brokers.api.paths import PathFault, template
 from corral.brokers.api.reading import Declared, Reader
 from corral.brokers.api.tools import Described, described
-from corral.brokers.api.values import BodyKind, Join, Place
+from corral.brokers.api.values import BodyKind, Join, Media, Place
 from corral.brokers.setting import Setting
 from corral.errors import RequestError
 from corral.policy.model import Api, Operation, Policy, Service
@@ -70,9 +71,8 @@ def test_scalars_are_those_of_json(tmp_path: Path) -> None:
     }
 
 
-LAUGHS = "openapi: 3.0.0\na0: &a0 [x]\n" + "".join(
-    f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9)
-)
+GOOD = "openapi: 3.0.0\npaths: {/x: {get: {operationId: a}}}\n"
+LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9))
 
 
 @pytest.mark.parametrize(
@@ -82,33 +82,40 @@ LAUGHS = "openapi: 3.0.0\na0: &a0 [x]\n" + "".join(
         "[]",
         "x",
         "{}",
-        "openapi: 2.0",
-        "swagger: '2.0'",
-        "openapi: 3.2.0",
-        "openapi: 3.0.0\nopenapi: 3.1.0",
-        '{"openapi":"3.0.0","paths":{},"paths":{}}',
-        '{"openapi":"3.0.0",}x',
-        "openapi: 3.0.0\nx: !!python/object/apply:os.system [id]",
-        "openapi: 3.0.0\nx: !!binary aGVsbG8=",
-        "openapi: 3.0.0\nx: !!timestamp 2020-01-01",
-        "openapi: 3.0.0\nx: !!set {a}",
-        "openapi: 3.0.0\nx: !!float .inf",
-        "openapi: 3.0.0\nx: &x [*x]",
-        "openapi: 3.0.0\n? [1]\n: 2",
-        "openapi: 3.0.0\n--- \nopenapi: 3.0.0",
-        "openapi: 3.0.0\nx: " + "[" * 100 + "]" * 100,
-        "openapi: 3.0.0\nx: " + "[" * 100_000,
-        LAUGHS,
-        'openapi: 3.0.0\nx: "\\U00110000"',
-        "openapi: 3.0.0\nx: '" + "x" * MAX_BYTES + "'",
+        "paths: {/x: {get: {operationId: a}}}",
+        "openapi: 2.0\npaths: {/x: {get: {operationId: a}}}",
+        "swagger: '2.0'\npaths: {/x: {get: {operationId: a}}}",
+        "openapi: 3.2.0\npaths: {/x: {get: {operationId: a}}}",
         "openapi: 3.0.0\npaths: []",
+        '{"openapi":"3.0.0","paths":{},"paths":{"/x":{"get":{"operationId":"a"}}}}',
+        '{"openapi":"3.0.0","paths":{"/x":{"get":{"operationId":"a"}}}}x',
+        f"{GOOD}openapi: 3.1.0",
+        f"{GOOD}x: {{y: 1, y: 1}}",
+        f"{GOOD}x: {{200: 1, '200': 1}}",
+        f"{GOOD}x: !!python/object/apply:os.system [id]",
+        f"{GOOD}x: !!binary aGVsbG8=",
+        f"{GOOD}x: !!timestamp 2020-01-01",
+        f"{GOOD}x: !!set {{a}}",
+        f"{GOOD}x: !!float .inf",
+        f"{GOOD}x: &x [*x]",
+        f"{GOOD}? [1]\n: 2",
+        f"{GOOD}true: 2",
+        f"{GOOD}--- \nopenapi: 3.0.0",
+        f"{GOOD}x: " + "[" * 100 + "]" * 100,
+        f"{GOOD}x: " + "[" * 100_000,
+        GOOD + LAUGHS,
+        f'{GOOD}x: "\\U00110000"',
+        f"{GOOD}x: '" + "x" * MAX_BYTES + "'",
     ],
 )
 def test_a_file_that_is_no_document_is_an_error(tmp_path: Path, text: str) -> None:
     file = tmp_path / "x.yaml"
+    policy = Policy(api=Api(services=(Service("s", str(file), "http://x.example", operations("a")),)))
+    file.write_text(GOOD + "x: 1")
+    prepare(policy, {})
     file.write_text(text)
     with pytest.raises(RequestError) as caught:
-        prepare(Policy(api=Api(services=(Service("s", str(file), "http://x.example", operations("a")),))), {})
+        prepare(policy, {})
     assert str(caught.value).startswith("api.services[0]: ") and len(str(caught.value)) < 500
 
 
@@ -221,6 +228,20 @@ def test_a_parameter_in_a_form_that_is_not_known_does_not_exist(parameter: dict[
     if join is None and not is_dropped:
         with pytest.raises(RequestError, match="op"):
             read(get(required), "op")
+
+
+def test_a_range_of_types_is_for_bytes_only() -> None:
+    """What would be read strictly if it were named must not get through unread."""
+    anything = (Media("*/*", BodyKind.BYTES, None, {}),)
+    assert matching(anything, "image/png") is matching(anything, "application/pdf") is anything[0]
+    for type_ in ("application/json", "application/problem+json", FORM, "text/plain", "multipart/form-data"):
+        assert matching(anything, type_) is None
+
+
+def test_two_headers_that_are_one_are_an_error() -> None:
+    for other in ("x-a", "X_A"):
+        with pytest.raises(RequestError, match="two headers"):
+            read(get(*({"name": name, "in": "header", "schema": STRING} for name in ("X-A", other))), "op")
 
 
 def test_bodies_of_known_kinds() -> None:

@@ -8,6 +8,8 @@ array), a server would take one of its own choice: refused, unless one of the gl
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from urllib.parse import quote
@@ -148,8 +150,10 @@ def _members(value: Json, way: tuple[str, ...]) -> Iterator[Json]:
 
 
 def _folded(name: str) -> str:
-    """The same for names that readers who do not look at case, or at ``-`` and ``_``, take for one."""
-    return name.casefold().replace("-", "").replace("_", "").removesuffix("[]")
+    """The same for names that some reader takes for one: who does not look at case, at ``-`` and ``_``, or who takes
+    ``name[x]`` and ``name.x`` for members of ``name``."""
+    plain = unicodedata.normalize("NFKC", name).casefold()
+    return re.split(r"[\[.]", plain, maxsplit=1)[0].replace("-", "").replace("_", "").strip()
 
 
 # ---- what is sent ----

@@ -136,6 +136,11 @@ class Reader:
             for parameter, shape in shaped
             if (argument := self._argument(shapes, parameter, shape)) is not None
         )
+        names = {
+            (each.place, each.name.replace("_", "-") if each.place is Place.HEADER else each.name) for each in arguments
+        }
+        if len(names) != len(arguments):
+            raise RequestError("has two headers that are one to most servers")
         missing = set(where.names) - {each.name for each in arguments if each.place is Place.PATH}
         if missing:
             raise RequestError(
