@@ -22,6 +22,8 @@ from corral.brokers.model import relaying
 from corral.brokers.model.broker import prepare
 from corral.brokers.model.sending import wanted_wait
 from corral.errors import RequestError
+from corral.modelapi.answer import Api
+from corral.modelapi.reader import AnswerReader
 from corral.policy.model import Budget, Guard, ModelApi, ModelRule, Note, Patience, Policy, Price
 from tests.unit.model_world import (
     CANARY,
@@ -548,7 +550,7 @@ async def test_a_stream_that_never_ends_for_size(up: ScriptedUpstream, monkeypat
         b"HTTP/1.1 200 OK\r\ncontent-length: x\r\n\r\n",
         b"HTTP/1.1 200 OK\r\n" + b"x-a: b\r\n" * 1000 + b"\r\n",
         b"HTTP/1.1 200 OK\r\nx-a: " + b"b" * 100_000 + b"\r\n\r\n",
-        b"HTTP/1.1 307 Over There\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\n\r\n",
+        b"HTTP/1.1 307 Over There\r\nlocation: /elsewhere\r\ncontent-length: 0\r\n\r\n",
         b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 3\r\n\r\nabc",
         b"HTTP/1.1 101 Switching Protocols\r\nupgrade: h2c\r\nconnection: upgrade\r\n\r\n",
         b"HTTP/1.1 204 No Content\r\n\r\n",
@@ -562,6 +564,7 @@ async def test_what_is_no_answer_is_not_passed_on(up: ScriptedUpstream, raw: byt
 
     answer, account, _ = await failing(up, talks)
     assert (answer.status, account.ending) == (502, Ending.FAILED)
+    assert [each.target for each in up.seen] == ["/v1/chat/completions"]
 
 
 async def test_chunks_that_are_none_break_the_answer(up: ScriptedUpstream) -> None:
@@ -805,6 +808,28 @@ async def test_a_whole_answer_opens_its_step_first(up: ScriptedUpstream) -> None
     assert made.told.used[0].conversation == made.told.used[1].conversation != ""
 
 
+def test_the_last_of_a_whole_answer_waits_for_its_step() -> None:
+    output = [{"type": "function_call", "call_id": "call_7", "name": "bash", "arguments": "{}"}]
+    body = json.dumps({"id": "resp_1", "object": "response", "status": "completed", "output": output}).encode()
+    opened: list[str] = []
+    reader = AnswerReader(Api.RESPONSES)
+    threshold = relaying.Threshold(reader, False, lambda tools: opened.extend(tool.id for tool in tools))
+    assert (threshold.take(body[:20]), threshold.take(body[20:])) == (b"", body[:20])
+    assert not opened
+    assert threshold.end()[1] == body[20:] and opened == ["call_7"]
+
+
+def test_what_is_held_back_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relaying, "MAX_HELD", 1000)
+    opened: list[int] = []
+    threshold = relaying.Threshold(AnswerReader(Api.MESSAGES), True, lambda tools: opened.append(len(tools)))
+    first, text = b"".join(block(0)), event({"type": "ping", "x": "x" * 400})
+    held = [threshold.take(first), threshold.take(text), threshold.take(text), threshold.take(text)]
+    assert held[0] == held[1] == b"" and b"".join(held) == first + 3 * text and opened == [1]
+    threshold.take(b"".join(block(1)))
+    assert threshold.end()[1] and opened == [1, 2]
+
+
 # ---- what else can be asked ----
 
 
@@ -853,6 +878,17 @@ async def test_models_are_the_policys_where_the_upstream_has_no_list(up: Scripte
         openai = await made.get("/v1/models")
     assert [each["id"] for each in answer.json["data"]] == ["claude-x"] and answer.json["first_id"] == "claude-x"
     assert openai.json == {"object": "list", "data": []}
+
+
+async def test_an_upstream_without_a_list_is_not_asked_for_it_again_and_again(up: ScriptedUpstream) -> None:
+    async def nothing(exchange: Exchange) -> None:
+        await exchange.answer(b"{}", 404)
+
+    up.scripts = [nothing]
+    async with world(model(upstream(up))) as made:
+        for _ in range(3):
+            assert (await made.get("/v1/models")).json["data"] == []
+    assert len(up.seen) == 1
 
 
 async def test_a_model_goes_by_another_name_upstream(up: ScriptedUpstream) -> None:

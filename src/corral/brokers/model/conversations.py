@@ -21,6 +21,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from corral.actions import ToolCall
@@ -30,8 +31,12 @@ MAX_CONVERSATIONS = 1024
 MAX_PREFIXES = 8192
 MAX_ANSWERS = 8192
 """Tool calls and answers by id."""
-MAX_SAID = 256 * 1024
-"""Characters of the arguments of one conversation's open tool calls that are looked at for prompts."""
+MAX_SAID, MAX_TEXTS = 64 * 1024, 32
+"""Characters, and texts, of the arguments of one conversation's open tool calls that are looked at for prompts."""
+MAX_PROMPT = 64 * 1024
+"""Characters of a prompt that are looked for."""
+MAX_PARENTS = 64
+"""Conversations with open tool calls that are looked at, the latest first."""
 MIN_PROMPT = 8
 """Characters: what is shorter stands in many places."""
 _ID = 16
@@ -107,8 +112,13 @@ class Conversations:
     def _parent(self, prompts: Sequence[str]) -> str:
         """Whose open tool call says what this one begins with, the latest first: clients put a prompt as it is, or put
         it into words of their own."""
-        asked = [text for each in prompts if len(text := each.strip()) >= MIN_PROMPT]
-        for conversation in reversed(self._by_id.values()):
+        asked, room = [], MAX_PROMPT
+        for each in prompts[:MAX_TEXTS]:
+            if MIN_PROMPT <= len(text := each.strip()) <= room:
+                room -= len(text)
+                asked.append(text)
+        saying = (each for each in reversed(self._by_id.values()) if each.said)
+        for conversation in islice(saying, MAX_PARENTS):
             if any(prompt in said or said in prompt for said in conversation.said for prompt in asked):
                 return conversation.id
         return ""
@@ -165,4 +175,4 @@ def _said(tools: Sequence[ToolCall]) -> list[str]:
             elif type(value) is str and MIN_PROMPT <= len(text := value.strip()) <= room:
                 room -= len(text)
                 found.append(text)
-    return found
+    return found[:MAX_TEXTS]

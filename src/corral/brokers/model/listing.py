@@ -47,9 +47,9 @@ class Listing:
 
     async def _of(self, upstream: Ready, headers: Fields) -> list[dict[str, Any]]:
         now = asyncio.get_running_loop().time()
-        at, known = self._known.get(upstream.name, (0.0, []))
-        if known and now - at < FRESH:
-            return known
+        known = self._known.get(upstream.name)
+        if known is not None and now - known[0] < FRESH:
+            return known[1]
         try:
             async with asyncio.timeout(SECONDS):
                 listed = await self._ask_for(upstream, headers)
