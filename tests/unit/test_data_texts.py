@@ -49,7 +49,9 @@ def test_what_can_be_read_in_many_ways_is_not(text: str, dialect: Dialect) -> No
 @pytest.mark.parametrize("dialect", Dialect)
 def test_long_queries_are_within_the_steps(dialect: Dialect) -> None:
     """A tenth of the bound is enough for what people write."""
-    condition = " AND ".join(f"(coalesce(a.x{n}, CAST(b.y AS DECIMAL(10, 2))) > {n} OR a.z IN (1, 2))" for n in range(40))
+    condition = " AND ".join(
+        f"(coalesce(a.x{n}, CAST(b.y AS DECIMAL(10, 2))) > {n} OR a.z IN (1, 2))" for n in range(40)
+    )
     text = f"SELECT CASE WHEN a.x > 1 THEN 'x' ELSE lower(a.n) END AS c FROM a JOIN b ON a.i = b.i WHERE {condition}"
     tokens = parsing.tokenize(text, dialect)
     parser = parsing._parser(dialect)(dialect=parsing._sqlglot(dialect))
