@@ -18,6 +18,7 @@ from corral.actions import Content, Ending, Kind, Query, Verdict
 from corral.approvals.queue import Question, Queue, Scope
 from corral.approvals.waiting import read_waiting, show
 from corral.brokers.data.broker import DataBroker, prepare
+from corral.brokers.data.engine_postgresql import PostgresqlSession
 from corral.brokers.data.faults import Fault, SourceFault
 from corral.brokers.http import Connection, Room, serve
 from corral.cli import pending
@@ -403,6 +404,41 @@ async def test_64_clients_hold_the_limits(place: Place) -> None:
     assert most <= 3 and statuses.count(200) <= 40
     assert len(world.desk._pool._all) <= 3
     assert len(world.told.used) == 256
+    await world.desk.close()
+
+
+async def test_a_row_that_is_too_large_stays_in_the_server(postgresql: databases.Server) -> None:
+    """A value may have 1 GB there; what a query or a change gives is looked at where it is."""
+    make_postgresql(postgresql.port, "crm", oracle=False)
+    url = f"postgresql://agent@127.0.0.1:{postgresql.port}/crm"
+    limits = DataLimits(bytes=100_000, time=5)
+    world = World(source_of(Dialect.POSTGRESQL, url, tables=CHANGEABLE, limits=limits, hold_writes=False))
+    text = f"concat({', '.join(['t.x'] * 60)})"  # 60 * 8000 characters
+    parameters = {"x": "x" * 8000}
+    largest = 0
+    run = PostgresqlSession._run
+
+    def measured(session: PostgresqlSession, sql: str) -> Any:
+        nonlocal largest
+        cursor = run(session, sql)
+        there = cursor.pgresult
+        for row in range(there.ntuples):
+            largest = max([largest, *(len(there.get_value(row, column) or b"") for column in range(there.nfields))])
+        return cursor
+
+    with mock.patch.object(PostgresqlSession, "_run", measured):
+        for sql in (
+            f"SELECT {text} AS y FROM (SELECT :x AS x) AS t",
+            f"INSERT INTO customers (id, name) SELECT 50, {text} FROM (SELECT :x AS x) AS t",
+            f"UPDATE customers SET name = {text.replace('t.x', ':x')} WHERE id = 1",
+        ):
+            status, body = await world.ask(sql, parameters)
+            assert (status, body["error"]["type"]) == (422, "too_much"), sql
+    assert 0 < largest < 1000  # what there was before the update
+    assert (await world.ask("SELECT length(:x) AS n, name FROM customers ORDER BY id LIMIT 1", parameters))[1][
+        "rows"
+    ] == [[8000, "Ada"]]
+    assert (await world.ask("SELECT sqrt(-1)"))[1]["error"]["type"] == "range"
     await world.desk.close()
 
 

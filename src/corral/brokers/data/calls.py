@@ -223,7 +223,7 @@ class Desk:
             self._pool.give_back(session, writes=False)
         account.began = time.monotonic()
         truncated = "true" if rows.truncated else "false"
-        return Outcome(200, f'{{{_listed(rows)},"truncated":{truncated}}}', rows=len(rows.rows))
+        return Outcome(200, f'{{{_listed(rows, plan.names)},"truncated":{truncated}}}', rows=len(rows.rows))
 
     # ---- changes ----
 
@@ -279,8 +279,9 @@ def _filled(plan: Write, values: Mapping[str, Value]) -> Change:
     return Change(plan.word, plan.change.fill(values), plan.gives_back, before, plan.count)
 
 
-def _listed(rows: Rows) -> str:
-    return f'"columns":{json.dumps(list(rows.columns), ensure_ascii=False)},"rows":[{",".join(rows.rows)}]'
+def _listed(rows: Rows, names: frozenset[str]) -> str:
+    columns = [name if name in names else f"column{place}" for place, name in enumerate(rows.columns, 1)]
+    return f'"columns":{json.dumps(columns, ensure_ascii=False)},"rows":[{",".join(rows.rows)}]'
 
 
 def _chosen(plan: Write, changed: Changed) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from corral.brokers.data.addresses import Place, is_near
-from corral.brokers.data.faults import Fault, NotThere, SourceFault
+from corral.brokers.data.faults import Fault, NotThere, SourceFault, TooMuch
 from corral.brokers.data.names import quote
 from corral.brokers.data.scope import Table
 from corral.brokers.data.sessions import BATCH, Session
+from corral.brokers.data.sizes import within
 from corral.policy.model import Dialect, Source
 
 try:
@@ -113,17 +114,23 @@ class PostgresqlSession(Session):
     def _run(self, sql: str) -> Any:
         """With the beginning of the transaction in the same message, which saves its way."""
         beginning, self._beginning = self._beginning, ""
-        cursor = self._connection.execute((beginning + sql).encode())
+        try:
+            cursor = self._connection.execute((beginning + sql).encode())
+        except errors.ArraySubscriptError:
+            raise TooMuch("A row has more bytes than a result may have here.") from None
         while cursor.nextset():
             pass
         return cursor
 
     def _select(self, sql: str, count: int) -> Any:
+        rows = f"(SELECT * FROM ({sql}) AS corral_result OFFSET 0) AS corral_rows"  # sizes are of rows that are made
+        bounded = f"SELECT corral_rows.* FROM {rows} WHERE {within('corral_rows.*', self._limits.bytes)}"
         first = min(count, BATCH)
         cursor = self._run(
-            f"DECLARE corral_cursor NO SCROLL CURSOR WITHOUT HOLD FOR {sql}; FETCH FORWARD {first} FROM corral_cursor"
+            f"DECLARE corral_cursor NO SCROLL CURSOR WITHOUT HOLD FOR {bounded};"
+            f" FETCH FORWARD {first} FROM corral_cursor"
         )
-        return _Portal(self._connection, cursor, first)
+        return _Portal(self._run, cursor, first)
 
     def _drop(self, cursor: Any) -> None:
         pass  # it goes with its transaction
@@ -172,8 +179,8 @@ class PostgresqlSession(Session):
 class _Portal:
     """The cursor of a query, of which the first rows have come."""
 
-    def __init__(self, connection: psycopg.Connection[Any], cursor: Any, asked: int) -> None:
-        self._connection = connection
+    def __init__(self, run: Callable[[str], Any], cursor: Any, asked: int) -> None:
+        self._run = run
         self.description = cursor.description
         self._rows: list[tuple[Any, ...]] = cursor.fetchall()
         self._is_over = len(self._rows) < asked
@@ -181,7 +188,7 @@ class _Portal:
     def fetchmany(self, count: int) -> list[tuple[Any, ...]]:
         if not self._rows and not self._is_over:
             sql = f"FETCH FORWARD {count} FROM corral_cursor"
-            self._rows = self._connection.execute(sql.encode()).fetchall()
+            self._rows = self._run(sql).fetchall()
             self._is_over = len(self._rows) < count
         found, self._rows = self._rows[:count], self._rows[count:]
         return found

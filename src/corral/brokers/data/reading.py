@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 
-import sqlglot
 from sqlglot import Token, TokenType, exp
 from sqlglot.errors import SqlglotError
 
 from corral.brokers.data.faults import QueryRefused
-from corral.brokers.data.grammar import MAX_NESTING, MAX_TEXT, MAX_TOKENS, SQLGLOT
+from corral.brokers.data.grammar import MAX_NESTING, MAX_TEXT, MAX_TOKENS
+from corral.brokers.data.parsing import Endless, parse, tokenize
 from corral.policy.model import Dialect
 
 logging.getLogger("sqlglot").setLevel(logging.CRITICAL)  # it quotes queries in its warnings
@@ -33,9 +33,11 @@ def read(text: str, dialect: Dialect) -> exp.Expr:
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise QueryRefused("the query is no Unicode text")
     try:
-        tokens = list(sqlglot.tokenize(text, read=SQLGLOT[dialect]))
+        tokens = tokenize(text, dialect)
         _check(tokens)
-        found = [statement for statement in sqlglot.parse(text, read=SQLGLOT[dialect]) if statement is not None]
+        found = parse(text, tokens, dialect)
+    except Endless:
+        raise QueryRefused("the query takes too long to be understood") from None
     except SqlglotError:  # its message quotes the query: nothing secret, but not bounded either
         raise QueryRefused("the query cannot be parsed") from None
     except (RecursionError, ValueError, TypeError, AttributeError, KeyError, IndexError):  # faults of the parser

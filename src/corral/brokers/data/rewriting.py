@@ -14,7 +14,7 @@ from corral.brokers.data.binding import FENCE, Binder
 from corral.brokers.data.checking import check
 from corral.brokers.data.faults import QueryRefused
 from corral.brokers.data.grammar import SQLGLOT
-from corral.brokers.data.names import quote
+from corral.brokers.data.parsing import Endless, parse, tokenize
 from corral.brokers.data.scope import Scope, Table
 from corral.brokers.data.template import Slot, Template
 from corral.policy.model import Dialect
@@ -29,6 +29,8 @@ class Read:
     """Names in the policy of all that it touches, sorted."""
     personal: tuple[str, ...]
     """``source.table.column`` of those about persons that it touches, sorted."""
+    names: frozenset[str]
+    """Of the columns of its result that have one. Servers call others by the text that was run, fences and all."""
 
 
 class Texts:
@@ -70,9 +72,9 @@ def generate(tree: exp.Expr, dialect: Dialect) -> str:
     text = _write(tree, dialect)
     lexical.check(text)
     try:
-        again = sqlglot.parse(text, read=SQLGLOT[dialect])
-        same = len(again) == 1 and again[0] is not None and _write(again[0], dialect) == text
-    except (SqlglotError, RecursionError):
+        again = parse(text, tokenize(text, dialect), dialect)
+        same = len(again) == 1 and _write(again[0], dialect) == text
+    except (SqlglotError, Endless, RecursionError):
         same = False
     if not same:
         raise QueryRefused("the query is not understood")
@@ -114,16 +116,12 @@ def compile_read(tree: exp.Expr, scope: Scope) -> Read:
     check(tree, dialect)
     texts, binder = Texts(), Binder(scope)
     texts.take(tree)
-    binder.query(tree)
+    names = frozenset(output.name for output in binder.query(tree) if output.name)
     text = enclose(generate(tree, dialect), binder, dialect)
-    return Read(Template.of(text, texts.slots, dialect), names_of(binder.fences), tuple(sorted(binder.personal)))
+    template = Template.of(text, texts.slots, dialect)
+    return Read(template, names_of(binder.fences), tuple(sorted(binder.personal)), names)
 
 
 def names_of(tables: list[Table]) -> tuple[str, ...]:
     """Their names in the policy."""
     return tuple(sorted({table.scope.name for table in tables}))
-
-
-def select_list(names: list[str], dialect: Dialect) -> str:
-    """Names as a list of columns."""
-    return ", ".join(quote(name, dialect) for name in names)

@@ -20,7 +20,7 @@ from corral.brokers.data.values import to_json
 from corral.brokers.data.writing import PREVIEW
 from corral.policy.model import Source
 
-BATCH = 64
+BATCH = 32
 """Rows that are fetched at a time, at most: each may be as large as the whole result may be."""
 
 

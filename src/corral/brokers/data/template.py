@@ -70,16 +70,21 @@ def write(value: Value, dialect: Dialect) -> str:
     if isinstance(value, int):
         if not -(1 << 63) < value < 1 << 63:
             raise QueryRefused("a number is too large")
-        return str(value) if value >= 0 else f"({value})"
+        return _number(str(value))
     if isinstance(value, float):
         if not math.isfinite(value):
             raise QueryRefused("a number is too large")
-        return repr(value) if value >= 0 else f"({value!r})"
+        return _number(repr(value))
     if len(value) > MAX_STRING or "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
         raise QueryRefused(f"a text has at most {MAX_STRING} characters, none of them NUL")
     if dialect is Dialect.MYSQL:  # what a backslash is depends on the mode of the session; this does not
         return f"_utf8mb4 x'{value.encode().hex()}'"
     return "'" + value.replace("'", "''") + "'"
+
+
+def _number(text: str) -> str:
+    """In parentheses where it begins with a sign, as -0.0 does, too: after another one it would begin a comment."""
+    return f"({text})" if text.startswith("-") else text
 
 
 def check_parameters(parameters: object) -> dict[str, Value]:

@@ -18,6 +18,7 @@ from corral.brokers.data.faults import QueryRefused
 from corral.brokers.data.names import fold, quote
 from corral.brokers.data.rewriting import Texts, enclose, generate, names_of
 from corral.brokers.data.scope import Scope, Table
+from corral.brokers.data.sizes import within
 from corral.brokers.data.template import Template
 from corral.policy.model import Column, Dialect
 
@@ -107,7 +108,7 @@ class _Writer:
             change, before = self._change(tree, table, word)
         gives_back = self._dialect is not Dialect.MYSQL
         if gives_back:
-            change = f"{change} RETURNING {table.holds()} AS corral_holds, {table.seen()}"
+            change = f"{change} RETURNING {self._holds(table)} AS corral_holds, {table.seen()}"
         counts = not gives_back and bool(table.rows) and word != "delete"
         slots = self._texts.slots
         return Write(
@@ -121,6 +122,12 @@ class _Writer:
             f"SELECT COUNT(*) FROM {table.place} WHERE ({table.rows})" if counts else "",
             returned,
         )
+
+    def _holds(self, table: Table) -> str:
+        if self._dialect is not Dialect.POSTGRESQL:
+            return table.holds()
+        row = f"ROW({', '.join(quote(column.name, self._dialect) for column in table.columns)})"
+        return f"(CASE WHEN {within(row, self._scope.source.limits.bytes)} THEN {table.holds()} ELSE FALSE END)"
 
     def _text(self, expression: exp.Expr) -> str:
         """The text of a value that is bound."""
