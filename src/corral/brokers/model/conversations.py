@@ -21,6 +21,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from corral.actions import ToolCall
@@ -30,8 +31,14 @@ MAX_CONVERSATIONS = 1024
 MAX_PREFIXES = 8192
 MAX_ANSWERS = 8192
 """Tool calls and answers by id."""
-MAX_SAID = 256 * 1024
+MAX_SAID = 64 * 1024
 """Characters of the arguments of one conversation's open tool calls that are looked at for prompts."""
+MAX_TEXTS = 64
+"""Texts in them."""
+MAX_PARENTS = 64
+"""Conversations with open tool calls, the latest, that may have begun another."""
+MAX_PROMPT = 64 * 1024
+"""Characters of a prompt that are compared."""
 MIN_PROMPT = 8
 """Characters: what is shorter stands in many places."""
 _ID = 16
@@ -107,8 +114,9 @@ class Conversations:
     def _parent(self, prompts: Sequence[str]) -> str:
         """Whose open tool call says what this one begins with, the latest first: clients put a prompt as it is, or put
         it into words of their own."""
-        asked = [text for each in prompts if len(text := each.strip()) >= MIN_PROMPT]
-        for conversation in reversed(self._by_id.values()):
+        asked = [text for each in prompts if len(text := each[:MAX_PROMPT].strip()) >= MIN_PROMPT]
+        waiting = (each for each in reversed(self._by_id.values()) if each.said)
+        for conversation in islice(waiting, MAX_PARENTS):
             if any(prompt in said or said in prompt for said in conversation.said for prompt in asked):
                 return conversation.id
         return ""
@@ -150,13 +158,14 @@ def _chain(talk: Talk) -> list[bytes]:
 
 def _said(tools: Sequence[ToolCall]) -> list[str]:
     """The texts in the arguments of tool calls that may be a prompt."""
-    found, room = [], MAX_SAID
+    found: list[str] = []
+    room = MAX_SAID
     for tool in tools:
         try:
             stack = [json.loads(tool.arguments)]
         except (ValueError, RecursionError):
             continue
-        while stack:
+        while stack and len(found) < MAX_TEXTS:
             value = stack.pop()
             if type(value) is dict:
                 stack.extend(value.values())
