@@ -365,6 +365,18 @@ async def test_only_json_is_read(up: ScriptedUpstream, kind: str) -> None:
     assert answer.status == 415 and not up.seen
 
 
+async def test_a_body_is_of_one_type(up: ScriptedUpstream) -> None:
+    """Servers differ in which of two counts."""
+    body = json.dumps(asks()).encode()
+    head = [f"POST {CHAT} HTTP/1.1", f"Host: {HOST}", f"Content-Length: {len(body)}"]
+    types = ["Content-Type: application/json", "Content-Type: application/json; charset=utf-16"]
+    async with world(model(upstream(up))) as made:
+        client = await made.connect()
+        await client.send("\r\n".join([*head, *types]).encode() + b"\r\n\r\n" + body)
+        answer = await client.answer()
+    assert answer.status == 415 and not up.seen
+
+
 # ---- secrets ----
 
 

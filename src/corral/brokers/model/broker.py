@@ -91,7 +91,7 @@ class ModelBroker:
         elif route.aim is Aim.LIST:
             await self._list(route, request, answer)
             return
-        elif not _is_json(request.header(b"content-type")):
+        elif not _is_json([value for name, value in request.headers if name == b"content-type"]):
             problem, reason = Problem.MEDIA, "The body must be application/json, in UTF-8."
         else:
             try:
@@ -133,11 +133,13 @@ async def _refuse(answer: Answering, family: ModelApi, problem: Problem, reason:
     await answer.answer(problem.status, shaped(family, problem, reason), headers=fields(problem))
 
 
-def _is_json(content_type: bytes | None) -> bool:
+def _is_json(content_types: Sequence[bytes]) -> bool:
     """Whether the upstream will read what was read here: JSON, in UTF-8. Left out, it is told so."""
-    if content_type is None:
+    if not content_types:
         return True
-    kind, *parameters = content_type.lower().split(b";")
+    if len(content_types) > 1:
+        return False  # servers differ in which of them counts
+    kind, *parameters = content_types[0].lower().split(b";")
     plain = [each.strip().replace(b'"', b"") for each in parameters]
     return kind.strip() == b"application/json" and all(
         each in (b"", b"charset=utf-8", b"charset=utf8") for each in plain
