@@ -288,6 +288,8 @@ DOCUMENTS: st.SearchStrategy[Document] = _section(
             finding=st.sampled_from(["block", "record"]),
             failure=st.sampled_from(["block", "record"]),
         ),
+        hosted_tools=st.lists(st.sampled_from(["mcp", "web_search*", "*"]), max_size=3),
+        remote_content=st.booleans(),
     ),
     data=_section(allow=QUERIES, ask=QUERIES, deny=QUERIES, sources=DATA_SOURCES),
     api=_section(allow=OPERATIONS, ask=OPERATIONS, deny=OPERATIONS, services=SERVICES),

@@ -160,6 +160,17 @@ async def test_a_body_without_a_length_is_bounded_too(client: Client) -> None:
     assert client.room.take(1 << 20), "what it held was given back"
 
 
+async def test_a_body_does_not_come_in_crumbs(client: Client) -> None:
+    """Each chunk takes some microseconds of the thread of all sandboxes."""
+    head = b"POST /x HTTP/1.1\r\nHost: model.corral.internal\r\nTransfer-Encoding: chunked\r\n\r\n"
+    await client.send(head + b"1\r\na\r\n" * 1000 + b"0\r\n\r\n")
+    assert b'"/x","",1000]' in await client.some()
+    await client.send(head + b"1\r\na\r\n" * 1000 + b"0\r\n\r\n")
+    assert b'"/x","",1000]' in await client.some()
+    await client.send(head + b"1\r\na\r\n" * 1100)
+    assert (await client.all()).startswith(b"HTTP/1.1 400 ")
+
+
 async def test_all_that_waits_together_is_bounded() -> None:
     client = await connect(room=1000)
     await client.send(post(b"x" * 1001))

@@ -62,6 +62,8 @@ model:
   agent_period: 12h
   patience: {connect: 5s, first: 1m, idle: 30s, total: 30m, retries: 0}
   guard: {scanners: [instructions], finding: record, failure: block}
+  hosted_tools: [mcp, "web_search*"]
+  remote_content: true
 data:
   allow: [crm]
   sources:
@@ -127,6 +129,7 @@ def test_everything_that_can_be_said() -> None:
     assert policy.model.agent == Budget(money=50.0)
     assert policy.model.patience == Patience(5.0, 60.0, 30.0, 1800.0, 0)
     assert policy.model.guard == Guard(("instructions",), Treatment.RECORD, Treatment.BLOCK)
+    assert (policy.model.hosted_tools, policy.model.remote_content) == (("mcp", "web_search*"), True)
     assert policy.data.sources == (
         Source(
             "crm",
@@ -705,6 +708,7 @@ def test_notation_makes_no_difference(old: str, new: str) -> None:
         ("money: 5,", "money: 6,", "model.session.money: 5 -> 6"),
         ("retries: 0", "retries: 1", "model.patience.retries: 0 -> 1"),
         ("finding: record", "finding: block", 'model.guard.finding: "record" -> "block"'),
+        ("remote_content: true", "remote_content: false", "model.remote_content: true -> false"),
     ],
 )
 def test_a_change_is_told(old: str, new: str, said: str) -> None:

@@ -37,6 +37,9 @@ LINGER = 2.0
 WRITE_SECONDS = 300.0
 """For a client to read some of what waits for it."""
 MAX_FIELDS = 100
+CHUNKS = 1024
+CHUNK_BYTES = 256
+"""So many chunks a body may have whatever their size, and then one for so many bytes: each costs time of all."""
 _READ_MOST, _READ_LEAST = 256 * 1024, 64 * 1024
 """Bytes of an answer that wait for the client before whoever makes it waits too, and when it goes on."""
 
@@ -158,7 +161,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._head: h11.Request | None = None
         self._body = bytearray()
-        self._taken = self._ahead = 0
+        self._taken = self._ahead = self._chunks = 0
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._can_write = asyncio.Event()
@@ -244,6 +247,7 @@ class Connection(asyncio.Protocol):
             self._check(event)
             self._expect(BODY_SECONDS, "the body did not come in time")
         elif isinstance(event, h11.Data):
+            self._chunks += event.chunk_start
             self._take(len(event.data))
             self._body += event.data
         elif isinstance(event, h11.EndOfMessage) and self._head is not None:
@@ -272,6 +276,8 @@ class Connection(asyncio.Protocol):
     def _take(self, count: int) -> None:
         if self._taken + count > self._max_body:
             raise Refused(413, f"The body of a request has at most {self._max_body} bytes.")
+        if self._chunks > CHUNKS + (self._taken + count) // CHUNK_BYTES:
+            raise Refused(400, "The chunks of the body are too small.")
         if not self._room.take(count):
             raise Refused(503, "The requests of this sandbox that wait are too large together.")
         self._taken += count
@@ -304,7 +310,7 @@ class Connection(asyncio.Protocol):
             self.close("closed")
             return
         self._h11.start_next_cycle()
-        self._head, self._ahead = None, 0
+        self._head, self._ahead, self._chunks = None, 0, 0
         self._expect(IDLE_SECONDS, "nothing was asked for too long")
         self._transport.resume_reading()
         self._read()

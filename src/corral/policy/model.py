@@ -346,6 +346,10 @@ class Model:
     """Seconds back from now."""
     patience: Patience = field(default_factory=Patience)
     guard: Guard = field(default_factory=Guard)
+    hosted_tools: tuple[str, ...] = ()
+    """Globs of the types of tools that an upstream may run itself: ``web_search*``, ``mcp``."""
+    remote_content: bool = False
+    """A request may point to content that its upstream fetches or keeps."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ from corral.policy.profiles import DEFAULT_PROFILE
 from corral.policy.rules import ApiRules, DataRules, DeniedRules, ExecRuleFile, ExecRules, ModelRules, NetworkRules
 from corral.policy.services import Services
 from corral.policy.sources import Sources
-from corral.policy.upstreams import BudgetFile, Currency, GuardFile, PatienceFile, Prices, Upstreams
+from corral.policy.upstreams import BudgetFile, Currency, GuardFile, HostedTools, PatienceFile, Prices, Upstreams
 
 _DEFAULT = Policy()
 
@@ -181,6 +181,10 @@ class ModelSection(Strict):
     """How long upstreams are waited for."""
     guard: GuardFile = Field(default_factory=GuardFile)
     """Who looks at the results of tools before a model does."""
+    hosted_tools: HostedTools = ()
+    """Types of tools that an upstream may run itself, as globs (`web_search*`, `mcp`). Left out: none."""
+    remote_content: bool = _DEFAULT.model.remote_content
+    """Let requests point to content that an upstream fetches or keeps: pictures by their address, files by their id."""
 
 
 class DataSection(Strict):

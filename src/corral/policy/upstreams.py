@@ -40,6 +40,7 @@ def _currency(text: str) -> str:
 
 _MODEL_GLOB = Annotated[str, AfterValidator(word_glob), WithJsonSchema({"type": "string", "minLength": 1})]
 _MODEL_NAME = Annotated[str, AfterValidator(model_name)]
+HostedTools = Annotated[tuple[_MODEL_GLOB, ...], Field(max_length=MAX_ENTRIES)]
 _MODEL_GLOBS = Annotated[tuple[_MODEL_GLOB, ...], Field(max_length=MAX_ENTRIES), *Filled]
 _AMOUNT = Annotated[float, Field(ge=0, le=1_000_000, allow_inf_nan=False)]
 _COUNT = Annotated[int, Field(ge=1, le=_MAX_COUNT)]

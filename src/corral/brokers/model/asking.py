@@ -17,8 +17,12 @@ from corral.modelapi.answer import Api
 MAX_MODEL = 256
 """Characters of a model's name."""
 MAX_CHOICES = 128
+MAX_VALUES = 200_000
+"""Values in a body, all together: reading takes time and memory for each, however short it is."""
+MAX_TURNS = 20_000
 _MAX_TOKENS = 1 << 40
 _MODEL = re.compile(r"[!-~]+")
+_BACKSLASH = ord("\\")
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 _READ = {
@@ -30,9 +34,11 @@ _READ = {
 }
 """The names that are read here."""
 _REROUTING = frozenset(
-    "models fallbacks fallback_models api_base base_url api_key extra_body extra_headers custom_llm_provider".split()
+    "models fallbacks fallback_models fallback_credit_token route provider api_base base_url api_key extra_body "
+    "extra_headers custom_llm_provider workspace_id user_profile_id".split()
 )
-"""By these, gateways to several providers take another model, another place or another key than those judged here."""
+"""By these, upstreams and gateways to several of them take another model, place, key or account than those judged
+here."""
 _OUTPUT = {
     Api.CHAT: ("max_completion_tokens", "max_tokens"),
     Api.RESPONSES: ("max_output_tokens",),
@@ -95,7 +101,40 @@ def read(api: Api, body: bytes) -> Asked:
     )
 
 
+def values_in(body: bytes, most: int) -> int:
+    """How many values JSON has, at most: texts are told from them only where that matters, and what is beyond ``most``
+    is not counted to its end."""
+    if (count := _marks(body, 0, len(body))) <= most:
+        return count
+    count = at = 0
+    while count <= most:
+        text = body.find(b'"', at)
+        count += _marks(body, at, len(body) if text < 0 else text)
+        if text < 0:
+            break
+        at = _end_of_text(body, text + 1)
+    return count
+
+
+def _marks(body: bytes, start: int, end: int) -> int:
+    return sum(body.count(each, start, end) for each in (b",", b"[", b"{"))
+
+
+def _end_of_text(body: bytes, at: int) -> int:
+    """Behind the quotation mark that ends the text which goes on at ``at``."""
+    while (mark := body.find(b'"', at)) >= 0:
+        first = mark
+        while first > at and body[first - 1] == _BACKSLASH:
+            first -= 1
+        at = mark + 1
+        if (mark - first) % 2 == 0:
+            return at
+    return len(body)
+
+
 def _parse(body: bytes) -> dict[str, Any]:
+    if values_in(body, MAX_VALUES) > MAX_VALUES:
+        raise Unclear(f"The body has more than {MAX_VALUES:,} values.")
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError:
@@ -138,6 +177,8 @@ def _check_list(api: Api, values: dict[str, Any]) -> None:
         return
     if type(given) is not list or not all(type(each) is dict for each in given):
         raise Unclear(f"`{name}` must be a list of objects.")
+    if len(given) > MAX_TURNS:
+        raise Unclear(f"`{name}` has more than {MAX_TURNS:,} entries.")
 
 
 def _previous(values: dict[str, Any]) -> str:

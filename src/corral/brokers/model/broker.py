@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ssl import SSLContext
@@ -11,15 +10,15 @@ from urllib.parse import unquote
 from corral.brokers.budgets import Budgets
 from corral.brokers.guard import Guard
 from corral.brokers.http import Answering, Request
-from corral.brokers.model.asking import Asked, Unclear, read
+from corral.brokers.model.asking import Unclear
 from corral.brokers.model.calls import Call, Means
 from corral.brokers.model.capture import Capture
 from corral.brokers.model.conversations import Conversations
 from corral.brokers.model.listing import Listing, as_list
+from corral.brokers.model.questions import Questions
 from corral.brokers.model.routes import Aim, Route, family_of, is_plain, route_of
 from corral.brokers.model.sending import Ready, ready
 from corral.brokers.model.shapes import Problem, fields, shaped
-from corral.brokers.model.turns import Talk, talk_of
 from corral.brokers.model.upstream import Client
 from corral.brokers.outward import tls_context
 from corral.brokers.prices import Prices
@@ -28,8 +27,6 @@ from corral.brokers.setting import Opening, Setting
 from corral.policy.model import ModelApi, Policy
 
 MAX_BODY = 32 << 20
-LARGE = 512 * 1024
-"""Bytes of a body that is not read in the thread in which all others wait."""
 
 
 def prepare(policy: Policy, environment: Mapping[str, str], capture: Capture | None = None) -> Opening:
@@ -65,6 +62,7 @@ class ModelBroker:
         self._capture = capture
         self._listing = Listing(model, upstreams, self._client)
         self._guard = Guard(model.guard, scanners=scanners)
+        self._questions = Questions(with_results=bool(scanners), with_digest=capture is not None)
         self._means = Means(
             setting,
             upstreams,
@@ -93,23 +91,17 @@ class ModelBroker:
         elif route.aim is Aim.LIST:
             await self._list(route, request, answer)
             return
-        elif not _is_json(request.header(b"content-type")):
+        elif not _is_json([value for name, value in request.headers if name == b"content-type"]):
             problem, reason = Problem.MEDIA, "The body must be application/json, in UTF-8."
         else:
             try:
-                call = await self._call(route, request)
+                question = await self._questions.read(route, request.body)
             except Unclear as unclear:
                 problem, reason = Problem.INVALID, str(unclear)
             else:
-                await call.serve(answer)
+                await Call(self._means, route, request, question).serve(answer)
                 return
         await _refuse(answer, family, problem, reason)
-
-    async def _call(self, route: Route, request: Request) -> Call:
-        """Raises Unclear."""
-        if len(request.body) < LARGE:
-            return Call(self._means, route, request, *_read(route, request))
-        return Call(self._means, route, request, *await asyncio.to_thread(_read, route, request))
 
     async def _list(self, route: Route, request: Request, answer: Answering) -> None:
         models = await self._listing.models(route.family, request.headers)
@@ -127,6 +119,7 @@ class ModelBroker:
         if self._client is not None:
             await self._client.close()
         self._guard.close()
+        self._questions.close()
         if self._threads is None:
             self._budgets.close()
         else:
@@ -136,21 +129,17 @@ class ModelBroker:
             self._capture.close()
 
 
-def _read(route: Route, request: Request) -> tuple[Asked, Talk]:
-    """Raises Unclear."""
-    asked = read(route.api, request.body)
-    return asked, talk_of(asked)
-
-
 async def _refuse(answer: Answering, family: ModelApi, problem: Problem, reason: str) -> None:
     await answer.answer(problem.status, shaped(family, problem, reason), headers=fields(problem))
 
 
-def _is_json(content_type: bytes | None) -> bool:
+def _is_json(content_types: Sequence[bytes]) -> bool:
     """Whether the upstream will read what was read here: JSON, in UTF-8. Left out, it is told so."""
-    if content_type is None:
+    if not content_types:
         return True
-    kind, *parameters = content_type.lower().split(b";")
+    if len(content_types) > 1:
+        return False  # servers differ in which of them counts
+    kind, *parameters = content_types[0].lower().split(b";")
     plain = [each.strip().replace(b'"', b"") for each in parameters]
     return kind.strip() == b"application/json" and all(
         each in (b"", b"charset=utf-8", b"charset=utf8") for each in plain

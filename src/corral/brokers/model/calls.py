@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from corral.actions import Content, Decision, Ending, Kind, ModelCall, ToolCall, Used
 from corral.brokers.bounds import OverBudget
@@ -19,15 +19,13 @@ from corral.brokers.budgets import Admission, Budgets
 from corral.brokers.guard import Guard
 from corral.brokers.http import Answering, Gone, Request
 from corral.brokers.model.accounts import CallAccount
-from corral.brokers.model.asking import Asked
 from corral.brokers.model.capture import Capture, Recording
 from corral.brokers.model.conversations import Conversation, Conversations
+from corral.brokers.model.questions import Question, own_opinion
 from corral.brokers.model.relaying import Relaying, Threshold
-from corral.brokers.model.results import results_of
 from corral.brokers.model.routes import Route
 from corral.brokers.model.sending import Errand, Ready, Sending
 from corral.brokers.model.shapes import Problem, fields, shaped
-from corral.brokers.model.turns import Talk
 from corral.brokers.model.upstream import Client, Failed, Impatience, Reply
 from corral.brokers.prices import Prices
 from corral.brokers.setting import Setting
@@ -70,9 +68,10 @@ class Refusal(Exception):
 class Call:
     """One of them."""
 
-    def __init__(self, means: Means, route: Route, request: Request, asked: Asked, talk: Talk) -> None:
+    def __init__(self, means: Means, route: Route, request: Request, question: Question) -> None:
         self._means, self._route, self._request = means, route, request
-        self._asked, self._talk = asked, talk
+        self._question, self._asked, self._talk = question, question.asked, question.talk
+        asked, talk = question.asked, question.talk
         setting = means.setting
         origin = setting.steps.cause_of(request.origin, ModelCall(asked.model))
         self._account = CallAccount(origin, setting.next_call(), asked, talk.tokens)
@@ -119,15 +118,14 @@ class Call:
         if not self._route.is_count:
             await self._look()
             self._place()
-        if self._means.capture is None:
-            self._asked = replace(self._asked, values={})  # many times as large as the body, and read by nobody now
         await self._exchange(candidates, answer)
 
     # ---- before anything is sent ----
 
     async def _judge(self) -> None:
         subject = ModelCall(self._asked.model)
-        decision = await self._means.setting.decide(Kind.MODEL_CALL, subject, self._account.origin)
+        own = own_opinion(self._question, self._means.setting.policy.model)
+        decision = await self._means.setting.decide(Kind.MODEL_CALL, subject, self._account.origin, own=own)
         self._account.rule = decision.rule
         if not decision.allowed:
             raise Refusal(Problem.DENIED, _why(self._asked.model, decision), Ending.REFUSED)
@@ -163,9 +161,7 @@ class Call:
     async def _look(self) -> None:
         """Has the guard look at what tools have given."""
         means = self._means
-        if not means.setting.policy.model.guard.scanners:
-            return
-        outcome = await means.guard.look(results_of(self._asked))
+        outcome = await means.guard.look(self._question.results)
         if outcome.blocked:
             self._account.rule = outcome.rule
             raise Refusal(Problem.BLOCKED, outcome.reason, Ending.REFUSED)
@@ -230,7 +226,7 @@ class Call:
         return f"The upstream {sending.upstream.name} failed: {reason}."
 
     def _replayed(self, capture: Capture) -> Reply:
-        place = capture.place(self._route.path, self._asked, self._account.conversation)
+        place = capture.place(self._route.path, self._question.digest, self._asked.model, self._account.conversation)
         reply = capture.find(place)
         if reply is None:
             reason = (
@@ -243,7 +239,9 @@ class Call:
     def _recording(self, capture: Capture | None) -> Recording | None:
         if capture is None or capture.is_replay:
             return None
-        return capture.record(capture.place(self._route.path, self._asked, self._account.conversation))
+        return capture.record(
+            capture.place(self._route.path, self._question.digest, self._asked.model, self._account.conversation)
+        )
 
     async def _pass_on(self, reply: Reply, secret: Secret | None, watch: Impatience, answer: Answering) -> None:
         account, means = self._account, self._means

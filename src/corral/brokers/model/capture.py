@@ -170,12 +170,12 @@ class Capture:
         else:
             self._descriptor = _open(file)
 
-    def place(self, path: str, asked: Asked, conversation: str) -> _Place:
-        """Where a request stands that is about to be made. Once for each."""
+    def place(self, path: str, digest: str, model: str, conversation: str) -> _Place:
+        """Where a request stands that is about to be made, by its :func:`request_digest`. Once for each."""
         order = self._orders.setdefault(conversation, len(self._orders))
         position = self._positions[conversation]
         self._positions[conversation] += 1
-        return _Place(path, asked.model, request_digest(path, asked), conversation, order, position)
+        return _Place(path, model, digest, conversation, order, position)
 
     def find(self, place: _Place) -> Replay | None:
         """What was answered."""

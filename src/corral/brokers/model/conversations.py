@@ -160,13 +160,14 @@ def _chain(talk: Talk) -> list[bytes]:
 
 def _said(tools: Sequence[ToolCall]) -> list[str]:
     """The texts in the arguments of tool calls that may be a prompt."""
-    found, room = [], MAX_SAID
+    found: list[str] = []
+    room = MAX_SAID
     for tool in tools:
         try:
             stack = [json.loads(tool.arguments)]
         except (ValueError, RecursionError):
             continue
-        while stack:
+        while stack and len(found) < MAX_TEXTS:
             value = stack.pop()
             if type(value) is dict:
                 stack.extend(value.values())

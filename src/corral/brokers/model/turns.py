@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from corral.brokers.model.asking import Asked, Unclear
@@ -20,11 +21,17 @@ ATTACHMENT = 1600
 """Tokens that an image, a document or a sound in a request is taken for."""
 BYTES_PER_TOKEN = 4
 """Of JSON in UTF-8, in which English text and code are. A rule of thumb: upstreams count for themselves."""
+MAX_PROMPTS = 8
+"""Texts of a conversation's beginning that are compared with what tool calls say."""
+MAX_ANSWERED = 256
+"""Tool calls by which the conversation of a request is looked for."""
+_ATTACHMENTS = frozenset(("data", "file_data", "file_url", "image_url", "url"))
+"""Where the bytes of attachments are."""
 _SHORT = 256
-"""Characters: what is no longer is read, whatever it is."""
-_BASE64 = re.compile(r"[A-Za-z0-9+/=_-]+")
-_DATA_URL = re.compile(r"data:[a-z0-9.+/;=-]{0,100},[A-Za-z0-9+/=_-]+")
-"""Of attachments, written so that no words can be in them."""
+"""Characters: what is not longer is taken for a text."""
+_LONGEST_TYPE = 128
+"""Characters within which a data URL has its comma."""
+_BASE64 = re.compile(r"[A-Za-z0-9+/=\r\n]*")
 _DEPTH = 4
 """Of content in content: a tool's result holds blocks, and a document blocks of its own."""
 
@@ -59,8 +66,8 @@ def talk_of(asked: Asked) -> Talk:
         _digest({"content": instructions}),
         tuple(digests),
         first,
-        tuple(texts_in(turns[first - 1].get("content"))) if turns else (),
-        tuple(filter(None, latest)),
+        tuple(islice(texts_in(turns[first - 1].get("content")), MAX_PROMPTS)) if turns else (),
+        tuple(islice(filter(None, latest), MAX_ANSWERED)),
         _estimate(asked.body, turns),
     )
 
@@ -149,14 +156,17 @@ def texts_in(content: Any) -> Iterator[str]:
             stack.extend(
                 each
                 for name, each in reversed(value.items())
-                if name not in ("type", "cache_control", "id", "media_type") and not _is_attachment(name, each)
+                if name not in ("type", "cache_control", "id", "media_type") and not _is_attachment(value, name)
             )
 
 
-def _is_attachment(name: str, value: Any) -> bool:
-    if type(value) is not str or len(value) < _SHORT:
+def _is_attachment(block: dict[str, Any], name: str) -> bool:
+    """Whether a value is the bytes of one: only where an attachment can be, and where it can be no text."""
+    value = block[name]
+    if name not in _ATTACHMENTS or type(value) is not str or len(value) <= _SHORT or block.get("type") == "text":
         return False
-    return bool(_DATA_URL.fullmatch(value) or (name in ("data", "file_data") and _BASE64.fullmatch(value)))
+    bytes_at = value.find(",", 0, _LONGEST_TYPE) + 1 if value.startswith("data:") else 0
+    return _BASE64.fullmatch(value, bytes_at) is not None
 
 
 # ---- an estimate ----
@@ -173,7 +183,7 @@ def _estimate(body: bytes, turns: list[Any]) -> int:
                 stack.extend(value)
             elif type(value) is dict:
                 for name, each in value.items():
-                    if _is_attachment(name, each):
+                    if _is_attachment(value, name):
                         size, count = size - len(each), count + 1
                     elif type(each) is not str:
                         stack.append(each)
