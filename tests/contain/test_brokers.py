@@ -9,13 +9,13 @@ import asyncio
 import json
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from corral.actions import Decision, Ending, Kind, Used, Verdict
+from corral.actions import Decision, Ending, Kind, Process, Used, Verdict
 from corral.brokers import http
 from corral.brokers.service import MAX_CONNECTIONS
 from corral.log.places import open_log
@@ -44,7 +44,8 @@ ASK = """
 import http.client, json, sys
 def ask(text, stream=False, host="model.corral.internal"):
     client = http.client.HTTPConnection(host, 80, timeout=60)
-    body = {"model": "m-1", "stream": stream, "messages": [{"role": "user", "content": text}]}
+    body = {"model": "m-1", "messages": [{"role": "user", "content": text}]}
+    body |= {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
     client.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
     return client.getresponse()
 """
@@ -501,7 +502,7 @@ async def test_a_client_that_gives_up_before_an_answer_is_accounted_for(
 
 async def test_a_sandbox_that_ends_in_the_midst_is_accounted_for(box: Sandbox, log: Log, server: ModelServer) -> None:
     process = await box.start_process(
-        [PYTHON, "-c", ASK + "answer = ask('ENDLESS', True); print(1, flush=True); answer.read()"]
+        [PYTHON, "-c", ASK + "answer = ask('ENDLESS', True); answer.read(65536); print(1, flush=True); answer.read()"]
     )
     async with asyncio.timeout(60):
         assert await process.stdout.readline() == b"1\n"
@@ -522,7 +523,7 @@ async def test_many_streams_at_once_are_each_their_own(box: Sandbox, log: Log, s
     assert (await python(box, code, timeout=120)).text == "40 True\n"
     calls = await used(box, log)
     assert len(calls) == 40 and {call.ending for call in calls} == {Ending.ANSWERED}
-    assert {(call.input_tokens, call.output_tokens) for call in calls} <= {(50, 10)} or all(c.estimated for c in calls)
+    assert {(call.input_tokens, call.output_tokens, call.estimated) for call in calls} == {(50, 10, False)}
     assert len({call.conversation for call in calls}) == 40
 
 
@@ -556,6 +557,7 @@ async def test_a_call_is_that_of_the_process_that_makes_it(box: Sandbox, log: Lo
     calls = await used(box, log)
     programs = {"of curl": "/usr/bin/curl", "of python": os.path.realpath(PYTHON)}
     assert sorted(prompts) == ["of curl", "of python"]
+    found: Sequence[Decision | Used]
     for found in (made, calls):
         processes = [origin_of(each) for each in found]
         assert {process.exe for process in processes} == set(programs.values())
@@ -563,7 +565,7 @@ async def test_a_call_is_that_of_the_process_that_makes_it(box: Sandbox, log: Lo
     assert {call.origin.exec for call in calls} == {1, 2}
 
 
-def origin_of(each: Decision | Used) -> object:
+def origin_of(each: Decision | Used) -> Process:
     origin = each.action.origin if isinstance(each, Decision) else each.origin
     assert origin.process is not None
     return origin.process

@@ -34,7 +34,7 @@ from tests.e2e.agents import (
     policy_text,
     running,
 )
-from tests.models.script import Call, Closes, Echoes, Fails, Script, Slow, Text, Thinking, Turn, Usage, says
+from tests.models.script import Call, Closes, Echoes, Fails, Part, Script, Slow, Text, Thinking, Turn, Usage, says
 from tests.models.server import ModelServer
 
 REFUSED = "192.0.2.1"
@@ -61,7 +61,7 @@ def workshop(agent: Agent, place: Path) -> list[Turn]:
     at = place / "workspace"
     daemon = "until [ -e go ]; do sleep 0.1; done; nl one.txt; echo late >late.txt"
     waits = "until [ -e late.txt ]; do sleep 0.05; done"
-    turns = [
+    turns: list[tuple[Part, ...]] = [
         (Thinking("First a file. 考えます"), Text("I write it."), agent.writes(f"{at}/made.txt", "some text")),
         (
             Text("Two at once."),
