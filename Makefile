@@ -39,6 +39,8 @@ TESTS := $(wildcard tests/unit tests/contain tests/e2e)
 # What uses the one little internet that this machine can have. As root it runs after the same as an ordinary user, and
 # all else that runs as root is beside both: of two processors neither is idle.
 ONLINE := $(shell grep -lw 'internet: Internet' $(wildcard tests/contain/test_*.py) /dev/null) $(wildcard tests/e2e)
+# Beside what needs real sandboxes.
+AS_USER := $(wildcard tests/e2e/test_agents.py)
 BENCHMARKS := $(wildcard benchmarks/[!_]*.py)
 
 LAUNCHER_C := $(wildcard src/launcher/*.c)
@@ -81,7 +83,7 @@ test: test-packages build/installed.stamp build/demo.stamp build/agents.stamp bu
 	  exit $$beside; } >build/beside.log 2>&1 </dev/null & beside=$$!; set +m; \
 	trap 'kill -- -$$beside 2>/dev/null || true' EXIT; \
 	echo '== real sandboxes as an ordinary user'; \
-	tests/as_user.sh $(TEST_USER) $(PYTEST_ARGS) tests/contain || status=1; \
+	tests/as_user.sh $(TEST_USER) $(PYTEST_ARGS) tests/contain $(AS_USER) || status=1; \
 	echo '== the gateway as root, and real agents'; \
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(ONLINE) || status=1; \
 	wait $$beside || status=1; trap - EXIT; \

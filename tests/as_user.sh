@@ -23,6 +23,10 @@ fi
 cp -a .venv tests pyproject.toml README.md docs src "$place"
 [ ! -d examples ] || cp -a examples "$place"
 [ ! -d benchmarks ] || cp -a benchmarks "$place"
+# The agents that tests run: one is small, the other stays where it is, if this user can look there.
+mkdir -p "$place/build"
+[ ! -d build/agents ] || cp -a build/agents "$place/build"
+[ ! -d build/demo-venv ] || ln -s "$PWD/build/demo-venv" "$place/build/demo-venv"
 # Its first line names the interpreter of the checkout.
 sed -i "1s|^#!.*|#!$place/.venv/bin/python|" "$place/.venv/bin/corral"
 chown -R "$user:" "$place"

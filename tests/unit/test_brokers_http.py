@@ -126,6 +126,7 @@ async def test_a_head_has_no_body(client: Client) -> None:
         (post(b"").replace(b"Host: " + HOST, b"X: y"), 400),
         (post(b"").replace(b"Host:", b"Host: " + HOST + b"\r\nHost:"), 400),
         (post(b"", b"http://model.corral.internal/"), 400),
+        (post(b"", extra=b"Transfer-Encoding: chunked\r\n"), 400),
         (post(b"", extra=b"Content-Encoding: gzip\r\n"), 415),
         (post(b"").replace(b"Content-Length: 0", b"Content-Length: 100001"), 413),
         (post(b"").replace(b"Content-Length: 0", b"Content-Length: 9" + b"9" * 15), 413),

@@ -267,6 +267,8 @@ class Connection(asyncio.Protocol):
             raise Refused(
                 431, f"The head of a request has at most {HEAD_BYTES} bytes."
             )  # h11 bounds what is incomplete
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in head.headers}:
+            raise Refused(400, "A request says in one way how long it is.")  # RFC 9112, section 6.1
         for name, value in head.headers:
             if name == b"content-encoding" and value.lower() != b"identity":
                 raise Refused(415, "The body of a request is not compressed.")
