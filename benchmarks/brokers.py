@@ -5,9 +5,7 @@
     .venv/bin/python benchmarks/brokers.py --only first --only paced
     .venv/bin/python benchmarks/brokers.py --json      for programs
 
-Compared with the same without a broker, and with LiteLLM's proxy where it is installed:
-
-    python3 -m venv build/litellm-venv && build/litellm-venv/bin/pip install 'litellm[proxy]'
+Compared with the same without a broker, and with LiteLLM's proxy where it is installed (`make build/litellm.stamp`).
 
 Everything stays on loopback. Exits 1 when a bar is missed.
 """
