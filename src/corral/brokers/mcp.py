@@ -182,9 +182,8 @@ class Mcp:
         if not isinstance(arguments, dict):
             raise _Error(INVALID_PARAMS, "The arguments of a tool are an object.")
         tool, schema = self._tools[name]
-        if problem := await schema.check(
-            arguments
-        ):  # for the model to see, which can do better: the protocol wants it so
+        # For the model to see, which can do better then: the protocol wants it so.
+        if problem := await schema.check(arguments):
             return _shown(ToolResult(f"The arguments are not as the tool wants them: {problem}", is_error=True))
         return _shown(await tool.call(arguments, origin))
 
