@@ -295,6 +295,9 @@ class Operation:
     """Its id."""
     method: str
     """Of the request that is sent, upper case."""
+    preview: str = field(default="", metadata=UNRECORDED)
+    """The request that is sent, without its credential, for the person who is asked. What it says may be anybody's
+    data, so no record has it. Two that are not the same are shown differently."""
 
     @property
     def reversible(self) -> Reversible:

@@ -10,7 +10,9 @@ import pytest
 from mcp import Client
 
 from corral.actions import Content, Ending, Kind, Verdict
+from corral.actions import Operation as Tried
 from corral.brokers.api.media import FORM
+from corral.monitor.plain import Bounds, to_plain
 from corral.policy.model import ApiRule, Credential, CredentialKind, Operation
 from tests.unit.api_bench import ALL, CANARY, CREDENTIAL, HOST, Bench, Reply, Seen, bench, operations
 from tests.unit.loopback import served
@@ -174,6 +176,21 @@ async def test_a_person_is_asked_before_anything_is_sent() -> None:
         assert (await made.json("POST", "/tickets/tickets", {"title": "x"})).status == 200
         assert len(made.upstream.seen) == 1
         assert [used.ending for used in made.uses.found] == [Ending.REFUSED, Ending.ANSWERED]
+
+
+async def test_who_is_asked_sees_what_would_be_sent_and_no_record_does() -> None:
+    async with bench(ask=(ApiRule("tickets", ("createTicket",)),)) as made:
+        made.persons.answer = Verdict.DENY
+        for title in ("first words", "x" * 9000 + "1", "x" * 9000 + "2"):
+            await made.json("POST", "/tickets/tickets", {"title": title})
+        shown = [action.subject for action in made.persons.asked]
+        assert all(isinstance(each, Tried) for each in shown)
+        one, two, three = (each.preview for each in shown if isinstance(each, Tried))
+        assert one.startswith("POST /tickets\n") and '{"title":"first words"}' in one
+        assert CANARY not in one
+        assert len(two) < 4100 and two != three, "what cannot be shown whole is told apart all the same"
+        plain, _ = to_plain(shown[0], Bounds())
+        assert "first words" not in repr(plain)
 
 
 async def test_a_write_that_no_rule_names_is_put_to_a_person() -> None:

@@ -78,7 +78,7 @@ class Waiting:
     """Seconds since the epoch."""
     seconds_left: float
     preview: str = ""
-    """What a change of data would change, in lines."""
+    """What a change of data would change, or the request that a service would get, in lines."""
 
 
 def _cut(text: str) -> str:
@@ -158,7 +158,7 @@ def show(sandbox: str, question: Question) -> Waiting:
         parents=_cut_words(tuple(parent.exe for parent in process.ancestors)) if process else (),
         since=question.asked_at,
         seconds_left=round(max(0.0, question.deadline - time.monotonic()), 1),
-        preview=_cut(action.subject.preview) if isinstance(action.subject, Query) else "",
+        preview=_cut(action.subject.preview) if isinstance(action.subject, Query | Operation) else "",
     )
 
 

@@ -38,7 +38,9 @@ def _lines(waiting: Waiting) -> list[tuple[str, str]]:
         ]
         if waiting.parents:
             found.append(("started by", " < ".join(map(shlex.quote, waiting.parents))))
-    found += [("changes", line) for line in waiting.preview.split("\n") if line]
+    found += [
+        ("sends" if waiting.action == "api.call" else "changes", line) for line in waiting.preview.split("\n") if line
+    ]
     since = f"{max(0.0, time.time() - waiting.since):.0f} s"
     return [*found, ("held for", f"{since}; denied in {waiting.seconds_left:.0f} s")]
 

@@ -11,7 +11,8 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from http import HTTPStatus
 
 from corral.actions import Content, Decision, Ending, Kind, Opinion, Origin, Used, Verdict
@@ -29,6 +30,8 @@ from corral.version import VERSION
 
 PROBLEM = "application/problem+json"
 """RFC 9457."""
+MAX_SHOWN, MAX_SHOWN_TARGET = 4000, 1000
+"""Characters of a request that a person is shown, and of its path and query."""
 _ADVICE = "Do not look for another way; work with what is there, or ask the person to allow it."
 _PRIVATE = "This is not allowed in this sandbox."
 
@@ -148,7 +151,8 @@ class Calls:
             return problem(429, over.reason, again)
         with slot:
             self._keep(subject, origin, out, account.call)
-            decision = await self._setting.decide(Kind.API_CALL, subject, origin)
+            shown = replace(subject, preview=_preview(out))
+            decision = await self._setting.decide(Kind.API_CALL, shown, origin)
             account.rule = decision.rule
             if not decision.allowed:
                 account.reason = _PRIVATE if decision.private else decision.reason
@@ -224,3 +228,18 @@ def _told(decision: Decision) -> str:
         return _PRIVATE
     words = (f"{decision.action.subject} is not allowed.", decision.reason, decision.advice)
     return " ".join(word for word in words if word)
+
+
+def _preview(out: Outgoing) -> str:
+    """The request as a person is to see it: what tells it from every other first, then as much as can be shown."""
+    body = out.body or b""
+    headers = [f"{name}: {value}" for name, value in out.headers]
+    whole = b"\0".join((out.method.encode(), out.target.encode(), *(each.encode() for each in headers), body))
+    lines = [
+        f"{out.method} {out.target[:MAX_SHOWN_TARGET]}{'...' if len(out.target) > MAX_SHOWN_TARGET else ''}",
+        f"{len(body)} bytes of body; all of it has sha256 {sha256(whole).hexdigest()}",
+        *headers,
+        *body[: 4 * MAX_SHOWN].decode("utf-8", "replace").split("\n"),
+    ]
+    shown = "\n".join(lines)
+    return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
