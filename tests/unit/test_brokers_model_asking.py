@@ -87,3 +87,9 @@ def test_names_that_some_servers_take_for_others(name: str) -> None:
 def test_what_is_not_read_here_may_be_anything() -> None:
     body = b'{"model": "m", "messages": [], "vendor": {"Model": [1, null]}, "temperature": 1e3}'
     assert read(Api.CHAT, body).body == body
+
+
+def test_turns_are_bounded() -> None:
+    body = json.dumps({"model": "m", "messages": [{}] * 20_001}).encode()
+    with pytest.raises(Unclear, match="20,000"):
+        read(Api.CHAT, body)
