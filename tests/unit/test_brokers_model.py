@@ -25,7 +25,6 @@ from corral.brokers.model.broker import prepare
 from corral.brokers.model.sending import wanted_wait
 from corral.errors import RequestError
 from corral.modelapi.answer import Api
-from corral.modelapi.reader import AnswerReader
 from corral.policy.model import Budget, Guard, ModelApi, ModelRule, Note, Patience, Policy, Price
 from tests.unit.model_world import (
     CANARY,
@@ -885,8 +884,7 @@ def test_the_last_of_a_whole_answer_waits_for_its_step() -> None:
     output = [{"type": "function_call", "call_id": "call_7", "name": "bash", "arguments": "{}"}]
     body = json.dumps({"id": "resp_1", "object": "response", "status": "completed", "output": output}).encode()
     opened: list[str] = []
-    reader = AnswerReader(Api.RESPONSES)
-    threshold = relaying.Threshold(reader, False, lambda tools: opened.extend(tool.id for tool in tools))
+    threshold = relaying.Threshold(Api.RESPONSES, False, lambda tools: opened.extend(tool.id for tool in tools))
     assert (threshold.take(body[:20]), threshold.take(body[20:])) == (b"", body[:20])
     assert not opened
     assert threshold.end()[1] == body[20:] and opened == ["call_7"]
@@ -895,7 +893,7 @@ def test_the_last_of_a_whole_answer_waits_for_its_step() -> None:
 def test_what_is_held_back_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relaying, "MAX_HELD", 1000)
     opened: list[int] = []
-    threshold = relaying.Threshold(AnswerReader(Api.MESSAGES), True, lambda tools: opened.append(len(tools)))
+    threshold = relaying.Threshold(Api.MESSAGES, True, lambda tools: opened.append(len(tools)))
     first, text = b"".join(block(0)), event({"type": "ping", "x": "x" * 400})
     held = [threshold.take(first), threshold.take(text), threshold.take(text), threshold.take(text)]
     assert held[0] == held[1] == b"" and b"".join(held) == first + 3 * text and opened == [1]

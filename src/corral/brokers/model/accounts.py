@@ -30,6 +30,8 @@ class CallAccount:
         self.is_free = False
         """What was answered costs nothing: it is an error, or no model's answer."""
         self.answer: Answer | None = None
+        self.skipped = 0
+        """Events of its text that are not in it."""
         self.opened = 0
         self.tools: Sequence[ToolCall] = ()
 
@@ -83,4 +85,4 @@ class CallAccount:
         # What broke off was made nevertheless, up to there at least; counts that stand before it are of its beginning.
         said = len(answer.text) + len(answer.thinking) + sum(len(tool.arguments) for tool in answer.tools)
         taken = answer.input_tokens if answer.has_usage and answer.input_tokens else self._estimate
-        return taken, max(answer.output_tokens, tokens_of(said)), True
+        return taken, max(answer.output_tokens, tokens_of(said) + self.skipped), True

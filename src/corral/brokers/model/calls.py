@@ -31,7 +31,6 @@ from corral.brokers.prices import Prices
 from corral.brokers.setting import Setting
 from corral.credentials.secret import Secret
 from corral.modelapi.answer import Api
-from corral.modelapi.reader import AnswerReader
 
 DEFAULT_OUTPUT = 4096
 """Tokens that are reserved for an answer whose request does not bound it."""
@@ -251,7 +250,7 @@ class Call:
         if not account.is_free:
             kind = next((value for name, value in reply.headers if name == b"content-type"), b"")
             is_stream = kind.lower().startswith(b"text/event-stream")
-            threshold = Threshold(AnswerReader(self._route.api), is_stream, self._opened)
+            threshold = Threshold(self._route.api, is_stream, self._opened)
         patience = means.setting.policy.model.patience
         keep = self._keeps(Content.RESPONSE) if threshold is not None else 0
         recording = self._recording(means.capture)
@@ -280,7 +279,8 @@ class Call:
     async def _settle(self) -> None:
         account, means, relaying = self._account, self._means, self._relaying
         if relaying is not None:
-            account.answer, account.bytes_down = relaying.answer, relaying.received
+            account.answer, account.skipped = relaying.answer, relaying.skipped
+            account.bytes_down = relaying.received
             if account.ending is Ending.ANSWERED and relaying.answer is not None and relaying.answer.fault:
                 account.reason = "; ".join(filter(None, (account.reason, f"the answer: {relaying.answer.fault}")))
             self._keep_answer(relaying)

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from corral.actions import ToolCall
 from corral.brokers.http import Answering
 from corral.brokers.model.capture import Recording
+from corral.brokers.model.skimming import Skimmer
 from corral.brokers.model.upstream import Failed, Impatience, Reply
 from corral.credentials.secret import Secret
-from corral.modelapi.answer import Answer
+from corral.modelapi.answer import Answer, Api
 from corral.modelapi.reader import AnswerReader
 
 MAX_ANSWER = 64 << 20
@@ -27,10 +28,16 @@ Opened = Callable[[Sequence[ToolCall]], None]
 class Threshold:
     """What of an answer may go on. ``opened`` is told of the tool calls before the agent has them."""
 
-    def __init__(self, reader: AnswerReader, is_stream: bool, opened: Opened) -> None:
-        self._reader, self._is_stream, self._opened = reader, is_stream, opened
+    def __init__(self, api: Api, is_stream: bool, opened: Opened) -> None:
+        self._reader, self._skimmer = AnswerReader(api), Skimmer(api)
+        self._is_stream, self._opened = is_stream, opened
         self._held: list[bytes] = []
         self._size = self._known = 0
+
+    @property
+    def skipped(self) -> int:
+        """Events that only said more of a text, and are not in the answer."""
+        return self._skimmer.events
 
     def take(self, data: bytes) -> bytes:
         """What may go on now."""
@@ -38,7 +45,7 @@ class Threshold:
             self._reader.feed(data)
             before, self._held = self._held, [data]
             return before[0] if before else b""
-        if not self._reader.feed(data) and not self._held:
+        if (self._skimmer.skips(data) or not self._reader.feed(data)) and not self._held:
             return data
         self._held.append(data)
         self._size += len(data)
@@ -89,7 +96,9 @@ class Relaying:
         self.received = 0
         """Bytes of the body, as they came from the upstream."""
         self.answer: Answer | None = None
-        """What it was, once it is over, be it by breaking off."""
+        """What it was, once it is over, be it by breaking off; of a stream without most of its text."""
+        self.skipped = 0
+        """Events of which that was."""
 
     @property
     def kept(self) -> bytes:
@@ -166,4 +175,5 @@ class Relaying:
         if threshold is None:
             return b""
         self.answer, rest = threshold.end(is_abandoned=is_abandoned)
+        self.skipped = threshold.skipped
         return rest
