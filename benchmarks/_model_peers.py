@@ -166,6 +166,7 @@ async def _crowd(port: int, model: str, streams: int, key: str, turns: int, ramp
             lambda done=done: _Crowd(head.encode() + body, done), "127.0.0.1", port
         )
         clients.append((client, done))
+    await asyncio.sleep(streams / 500)  # all of them are accepted first: connections are another figure
     for at, (client, _) in enumerate(clients):
         loop.call_later(ramp * at / streams, client.ask)  # not all in one moment
     await asyncio.gather(*(done for _, done in clients))
