@@ -332,7 +332,7 @@ async def test_a_member_of_a_body_is_one_of_those_the_policy_names() -> None:
             "key ",
         ):  # what a server could take for the member, too
             await constrained(made, {"title": "x", "project": {"key": "CORE", other: "OTHER"}}, status=400)
-        for other in ("Project", "project[]", "PROJECT"):
+        for other in ("Project", "project[]", "PROJECT", "project[0]", "project[x]", "pro.ject", "pro ject"):
             await constrained(made, {**project, other: {"key": "OTHER"}}, status=400)
 
 

@@ -174,6 +174,21 @@ async def test_a_change_waits_until_a_person_has_seen_the_rows(place: Place) -> 
     assert (decision.verdict, decision.answered_by) == (Verdict.ALLOW, "ann")
 
 
+async def test_a_text_is_no_line_of_what_a_person_sees(place: Place) -> None:
+    """Whoever writes a line break into a text could add rows that are not changed, and move the cursor."""
+    queue = Queue(30, kill=lambda reason: None)
+    world = World(place.source(tables=CHANGEABLE), queue=queue)
+    forged = 'x\nafter: [1,"harmless"]\x1b[2J\u202e'
+    asking = asyncio.create_task(world.ask("UPDATE customers SET name = :n WHERE id = 1", {"n": forged}))
+    question = await _question(queue)
+    preview = show("box", question).preview
+    assert not any(line.startswith('after: [1,"harm') for line in preview.split("\n"))
+    assert preview.replace("\n", "").isprintable()
+    queue.answer(question.number, Verdict.DENY, "ann")
+    assert (await asking)[0] == 403
+    await world.desk.close()
+
+
 @pytest.mark.parametrize("way", ["denied", "late", "gone", "closed"])
 async def test_everything_but_a_yes_is_undone(place: Place, way: str) -> None:
     queue = Queue(0.3 if way == "late" else 30, kill=lambda reason: None)

@@ -141,19 +141,24 @@ def _members(value: Json, way: tuple[str, ...]) -> Iterator[Json]:
             yield from _members(each, way)
     elif isinstance(value, dict):
         name, *rest = way
-        folded = _folded(name)
-        if any(each != name and _folded(each) == folded for each in value):
+        readings = _readings(name)
+        if any(each != name and readings & _readings(each) for each in value):
             raise Problem(400, f"The body has several members {shown(name)}, in other letters.")
         yield from _members(value.get(name), tuple(rest)) if name in value else (None,)
     else:
         yield None
 
 
-def _folded(name: str) -> str:
-    """The same for names that some reader takes for one: who does not look at case, at ``-`` and ``_``, or who takes
-    ``name[x]`` and ``name.x`` for members of ``name``."""
+def _readings(name: str) -> frozenset[str]:
+    """Equal in one for names that some reader takes for one: who does not look at case, at ``-`` and ``_``, who takes
+    ``name[x]`` and ``name.x`` for members of ``name``, or dots and spaces for ``_`` (PHP)."""
     plain = unicodedata.normalize("NFKC", name).casefold()
-    return re.split(r"[\[.]", plain, maxsplit=1)[0].replace("-", "").replace("_", "").strip()
+    return frozenset(
+        part.translate(_LITTLE) for part in (re.split(r"[\[.]", plain, maxsplit=1)[0], plain.partition("[")[0])
+    )
+
+
+_LITTLE = dict.fromkeys(map(ord, "-_. "))
 
 
 # ---- what is sent ----

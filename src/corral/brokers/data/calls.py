@@ -25,6 +25,7 @@ from corral.brokers.data.sessions import Change, Changed, Rows, Session
 from corral.brokers.data.template import Value, check_parameters
 from corral.brokers.data.writing import Write
 from corral.brokers.setting import Setting
+from corral.policy.document import escaped
 from corral.policy.model import Dialect, Source
 
 MAX_PREVIEW = 4000
@@ -307,7 +308,7 @@ def _preview(change: Change, changed: Changed) -> str:
         if len(rows.rows) > _SHOWN_ROWS or rows.truncated:
             lines.append(f"{word}: ... and more")
     lines.append(f"run: {change.sql[:1500]}")
-    text = "\n".join(lines)
+    text = "\n".join(map(escaped, lines))  # what an agent or a row says is no line of its own
     return text if len(text) <= MAX_PREVIEW else f"{text[:MAX_PREVIEW]} [...]"
 
 
