@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from corral.modelapi.answer import Api, as_object
+from corral.modelapi.values import values_in
 
 MAX_MODEL = 256
 """Characters of a model's name."""
@@ -22,7 +23,6 @@ MAX_VALUES = 200_000
 MAX_TURNS = 20_000
 _MAX_TOKENS = 1 << 40
 _MODEL = re.compile(r"[!-~]+")
-_BACKSLASH = ord("\\")
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 _READ = {
@@ -112,37 +112,6 @@ def read(api: Api, body: bytes) -> Asked:
         values,
         body,
     )
-
-
-def values_in(body: bytes, most: int) -> int:
-    """How many values JSON has, at most: texts are told from them only where that matters, and what is beyond ``most``
-    is not counted to its end."""
-    if (count := _marks(body, 0, len(body))) <= most:
-        return count
-    count = at = 0
-    while count <= most:
-        text = body.find(b'"', at)
-        count += _marks(body, at, len(body) if text < 0 else text)
-        if text < 0:
-            break
-        at = _end_of_text(body, text + 1)
-    return count
-
-
-def _marks(body: bytes, start: int, end: int) -> int:
-    return sum(body.count(each, start, end) for each in (b",", b"[", b"{"))
-
-
-def _end_of_text(body: bytes, at: int) -> int:
-    """Behind the quotation mark that ends the text which goes on at ``at``."""
-    while (mark := body.find(b'"', at)) >= 0:
-        first = mark
-        while first > at and body[first - 1] == _BACKSLASH:
-            first -= 1
-        at = mark + 1
-        if (mark - first) % 2 == 0:
-            return at
-    return len(body)
 
 
 def _parse(body: bytes) -> dict[str, Any]:
