@@ -948,6 +948,20 @@ async def test_tokens_are_counted_by_the_upstream(up: ScriptedUpstream) -> None:
     assert recorded_at_the_time(made.told) == ["used"] and not made.told.kept
 
 
+@pytest.mark.parametrize("counts", [(0, 0), (-5, -5), (10**40, 10**40), ("5", None), (True, 1.5), (0, 7), (5, 0)])
+async def test_an_upstream_that_counts_nothing_is_estimated(up: ScriptedUpstream, counts: tuple[Any, Any]) -> None:
+    said = json.loads(WHOLE) | {"usage": {"prompt_tokens": counts[0], "completion_tokens": counts[1]}}
+
+    async def says_little(exchange: Exchange) -> None:
+        await exchange.answer(json.dumps(said).encode())
+
+    up.scripts = [says_little]
+    async with world(model(upstream(up))) as made:
+        await made.post(CHAT, asks())
+        account = await used(made)
+    assert account.estimated and account.input_tokens > 0 and account.output_tokens > 0
+
+
 async def test_models_are_those_that_may_be_asked(up: ScriptedUpstream) -> None:
     listed = [{"id": name, "object": "model", "owned_by": "them"} for name in ("gpt-1", "gpt-2", "other", "theirs")]
 

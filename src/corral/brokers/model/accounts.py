@@ -78,12 +78,14 @@ class CallAccount:
         )
 
     def _tokens(self, answer: Answer) -> tuple[int, int, bool]:
-        if answer.has_usage and answer.complete:
+        said = (answer.text, answer.thinking, *(tool.arguments for tool in answer.tools))
+        has_said = any(said)
+        if answer.has_usage and answer.complete and answer.input_tokens and (answer.output_tokens or not has_said):
             return answer.input_tokens, answer.output_tokens, False
         if self.is_free or not self.was_sent:
             return 0, 0, False
         # What broke off was made nevertheless, up to there at least; counts that stand before it are of its beginning.
-        said = (answer.text, answer.thinking, *(tool.arguments for tool in answer.tools))
+        # Of nothing no upstream makes an answer: who counts none does not count.
         given = max(answer.output_tokens, tokens_of(sum(len(each.encode("utf-8", "replace")) for each in said)))
         if self.ending is Ending.ABANDONED and not self._asked.stream:
             given = max(given, self.most)  # nobody tells the upstream to stop: it goes on, to its end
