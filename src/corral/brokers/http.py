@@ -39,7 +39,7 @@ WRITE_SECONDS = 300.0
 """For a client to read some of what waits for it."""
 ERRORS = 500
 ERRORS_A_SECOND = 20.0
-"""So many requests of a sandbox are answered with an error at once, and then so many in a second."""
+"""So many calls of a sandbox may come to nothing at once, and then so many in a second."""
 MAX_DELAY = 10.0
 """Seconds that one of them waits."""
 MAX_FIELDS = 100
@@ -79,7 +79,7 @@ class Gone(ConnectionError):
 class Room:
     """What one sandbox's clients may take together, over all its connections: bytes of bodies that wait, and errors.
 
-    A request that is refused costs its client nothing and us a record, so whoever is refused all the time waits."""
+    A call that is refused costs its client nothing and us a record, so whoever is refused all the time waits."""
 
     def __init__(self, total: int, *, clock: Callable[[], float] = monotonic) -> None:
         self._left = total
@@ -98,7 +98,7 @@ class Room:
         self._left += count
 
     def failed(self) -> None:
-        """One more request was answered with an error."""
+        """One more call came to nothing."""
         self._fade()
         self._errors += 1
 
@@ -318,17 +318,12 @@ class Connection(asyncio.Protocol):
             if delay := self._room.delay():
                 await asyncio.sleep(delay)
             await self._handle(request, answer)
-        except asyncio.CancelledError:
-            self._room.failed()
-            raise
         except Gone:
             self._reason = self._reason or "closed by its client"
         except Exception:
             if not answer.is_started and self._transport is not None:
                 with suppress(Gone):
                     await answer.json(500, {"error": {"message": "The broker failed.", "type": "server_error"}})
-        if answer.status >= 400 or not answer.is_finished:
-            self._room.failed()
         if not answer.is_finished:  # also where nothing was answered, which must not look like an answer
             self.close(self._reason or "the answer broke off", broken=True)
         self._task = None
