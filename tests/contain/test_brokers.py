@@ -217,6 +217,34 @@ async def test_the_variables_are_those_of_the_broker_and_no_key_is_passed(box: S
     assert SECRET not in repr(told) and "sk-the-callers" not in repr(told)
 
 
+async def test_the_key_is_not_among_variables_that_are_let_in_i8(
+    make_box: MakeBox, server: ModelServer, caller: dict[str, str]
+) -> None:
+    policy = with_model(server, "environment: {allow: ['CORRAL_*']}\n")
+    box = await make_box(policy=policy, environment=caller | {"CORRAL_COPY": SECRET, "CORRAL_OTHER": "in"})
+    variables = (await shell(box, "env")).text
+    assert SECRET not in variables and "CORRAL_OTHER=in" in variables
+
+
+async def test_a_server_of_tools_is_not_the_upstreams_to_reach(box: Sandbox, server: ModelServer, log: Log) -> None:
+    """What the upstream would do itself is a denial like any other: told, recorded, and never sent."""
+    code = """
+        import http.client, json
+        client = http.client.HTTPConnection("model.corral.internal", 80, timeout=60)
+        tool = {"type": "mcp", "server_label": "x", "server_url": "https://collector.example/"}
+        body = {"model": "m-1", "input": "hi", "tools": [tool]}
+        client.request("POST", "/v1/responses", json.dumps(body), {"Content-Type": "application/json"})
+        answer = client.getresponse()
+        print(answer.status, json.loads(answer.read())["error"]["message"])
+    """
+    told = (await python(box, code)).text
+    assert told.startswith("403 ") and "policy does not let it" in told
+    (refused,) = refusals(box, Kind.MODEL_CALL)
+    assert refused.rule == "model.hosted_tools" and not server.received
+    (account,) = await used(box, log)
+    assert (account.ending, account.rule) == (Ending.REFUSED, "model.hosted_tools")
+
+
 async def test_the_key_is_put_in_and_whatever_is_sent_as_one_is_not(box: Sandbox, server: ModelServer) -> None:
     fields = ("Authorization: Bearer mine", "x-api-key: mine", "api-key: mine", "Proxy-Authorization: Basic mine")
     words = " ".join(f"-H '{field}'" for field in (*fields, "Cookie: mine=1", "X-Forwarded-For: 10.0.0.1"))

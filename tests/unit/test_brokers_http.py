@@ -180,6 +180,49 @@ async def test_all_that_waits_together_is_bounded() -> None:
     await client.ended()
 
 
+def test_who_is_refused_all_the_time_waits() -> None:
+    """A refusal costs its client nothing, and us a record."""
+    now = [0.0]
+    room = Room(1, clock=lambda: now[0])
+    for _ in range(http.ERRORS):
+        assert room.delay() == 0.0
+        room.failed()
+    for _ in range(40):
+        room.failed()
+    assert room.delay() == 40 / http.ERRORS_A_SECOND
+    now[0] += 1.5
+    assert room.delay() == 0.5
+    now[0] += 1000
+    assert room.delay() == 0.0
+    for _ in range(100_000):
+        room.failed()
+    assert room.delay() == http.MAX_DELAY
+
+
+async def test_whoever_is_to_wait_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "ERRORS", 2)
+    monkeypatch.setattr(http, "ERRORS_A_SECOND", 1e-6)
+    monkeypatch.setattr(http, "MAX_DELAY", 3600.0)
+    looked_at: list[Request] = []
+
+    async def refuses(request: Request, answer: Answering) -> None:
+        looked_at.append(request)
+        made.room.failed()
+        await answer.json(403, {})
+
+    made = await connect(refuses)
+    for _ in range(3):
+        await made.send(post(b""))
+        assert await made.some()
+    await made.send(post(b""))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await asyncio.get_running_loop().sock_recv(made.sock, 1)
+    assert len(looked_at) == 3
+    made.sock.close()
+    await made.ended()
+
+
 async def test_expectations_are_met(client: Client) -> None:
     await client.send(b"POST / HTTP/1.1\r\nHost: %s\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n" % HOST)
     assert (await client.some()).startswith(b"HTTP/1.1 100 ")

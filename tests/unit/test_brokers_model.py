@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from corral.actions import Content, Ending
-from corral.brokers.model import asking, questions, relaying
+from corral.brokers.model import asking, calls, listing, questions, relaying
 from corral.brokers.model.asking import Asked
 from corral.brokers.model.broker import prepare
 from corral.brokers.model.sending import wanted_wait
@@ -235,6 +235,34 @@ async def test_a_budget_is_given_back_what_was_not_used(up: ScriptedUpstream) ->
     async with world(model(upstream(up), session=Budget(tokens=5000))) as made:
         answers = [await made.post(CHAT, asks()) for _ in range(10)]
     assert {answer.status for answer in answers} == {200}
+
+
+@pytest.mark.parametrize("bounded", [{"session": Budget(tokens=10**6)}, {"session": Budget(money=10.0)}])
+async def test_a_stream_that_is_counted_says_what_it_took(up: ScriptedUpstream, bounded: Any) -> None:
+    """What a model thinks without showing it would be free."""
+    up.scripts = [says]
+    what = model(upstream(up), prices=(Price("m", input=2.0, output=4.0),), **bounded)
+    async with world(what) as made:
+        answer = await made.post(CHAT, asks(stream=True))
+        account = await used(made)
+        assert answer.status == 400 and "include_usage" in answer.json["error"]["message"]
+        assert account.ending is Ending.REFUSED and account.rule == "model.session" and not up.seen
+        assert (await made.post(CHAT, asks(stream=True, stream_options={"include_usage": True}))).status == 200
+    async with world(model(upstream(up), session=Budget(requests=5))) as made:
+        assert (await made.post(CHAT, asks(stream=True))).status == 200
+
+
+@pytest.mark.parametrize("field", [{"service_tier": "priority"}, {"speed": "fast"}, {"service_tier": ["auto"]}])
+async def test_where_money_is_bounded_nothing_costs_more_than_its_price(up: ScriptedUpstream, field: Any) -> None:
+    price = (Price("m", input=2.0, output=4.0),)
+    async with world(model(upstream(up), prices=price, session=Budget(money=10.0))) as made:
+        answer = await made.post(CHAT, asks(**field))
+        account = await used(made)
+        assert answer.status == 403 and account.rule == "model.session.money" and not up.seen
+        assert (await made.post(CHAT, asks(**{name.upper(): value for name, value in field.items()}))).status == 400
+        assert (await made.post(CHAT, asks(service_tier="flex"))).status == 200
+    async with world(model(upstream(up), prices=price)) as made:
+        assert (await made.post(CHAT, asks(**field))).status == 200
 
 
 @pytest.mark.parametrize(
@@ -720,6 +748,7 @@ async def test_a_client_that_goes_before_the_answer_is_accounted_for(up: Scripte
         client.close()
         account = await used(made)
     assert account.ending is Ending.ABANDONED and account.estimated
+    assert account.output_tokens == calls.DEFAULT_OUTPUT  # the upstream goes on with what is no stream
 
 
 async def test_a_client_that_does_not_read_holds_the_upstream_back(up: ScriptedUpstream) -> None:
@@ -917,6 +946,20 @@ async def test_tokens_are_counted_by_the_upstream(up: ScriptedUpstream) -> None:
     assert recorded_at_the_time(made.told) == ["used"] and not made.told.kept
 
 
+@pytest.mark.parametrize("counts", [(0, 0), (-5, -5), (10**40, 10**40), ("5", None), (True, 1.5), (0, 7), (5, 0)])
+async def test_an_upstream_that_counts_nothing_is_estimated(up: ScriptedUpstream, counts: tuple[Any, Any]) -> None:
+    said = json.loads(WHOLE) | {"usage": {"prompt_tokens": counts[0], "completion_tokens": counts[1]}}
+
+    async def says_little(exchange: Exchange) -> None:
+        await exchange.answer(json.dumps(said).encode())
+
+    up.scripts = [says_little]
+    async with world(model(upstream(up))) as made:
+        await made.post(CHAT, asks())
+        account = await used(made)
+    assert account.estimated and account.input_tokens > 0 and account.output_tokens > 0
+
+
 async def test_models_are_those_that_may_be_asked(up: ScriptedUpstream) -> None:
     listed = [{"id": name, "object": "model", "owned_by": "them"} for name in ("gpt-1", "gpt-2", "other", "theirs")]
 
@@ -960,6 +1003,27 @@ async def test_an_upstream_without_a_list_is_not_asked_for_it_again_and_again(up
         for _ in range(3):
             assert (await made.get("/v1/models")).json["data"] == []
     assert len(up.seen) == 1
+
+
+async def test_a_list_is_asked_for_once_and_says_nothing_of_the_agents(
+    up: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody decides on it, so it must be no way out."""
+
+    async def nothing(exchange: Exchange) -> None:
+        await exchange.answer(b'{"data": []}')
+
+    up.scripts = [nothing]
+    async with world(model(upstream(up, ModelApi.ANTHROPIC))) as made:
+        for _ in range(3):
+            said = {"anthropic-version": "secret", "user-agent": "secret", "x-stainless-os": "secret"}
+            await made.get("/v1/models?limit=5", **said)
+        monkeypatch.setattr(listing, "FRESH", 0.0)
+        await made.get("/v1/models", **said)
+    assert len(up.seen) == 2
+    for exchange in up.seen:
+        assert "secret" not in json.dumps(exchange.headers).replace(CANARY, "")
+        assert exchange.target == "/v1/models?limit=1000" and exchange.headers["anthropic-version"] == "2023-06-01"
 
 
 async def test_a_model_goes_by_another_name_upstream(up: ScriptedUpstream) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from corral.actions import Action, Attempt, Decision, Endpoint, Kind, Origin, Transport, Verdict
+from corral.actions import Action, Attempt, Decision, Ending, Endpoint, Kind, Origin, Transport, Used, Verdict
 from corral.brokers import service as serving
-from corral.brokers.http import Answering, Request
+from corral.brokers.http import ERRORS, Answering, Request
 from corral.brokers.service import Brokers, Service
 from corral.brokers.setting import Setting
 from corral.policy.doors import PORT, Broker
@@ -127,6 +127,35 @@ def test_its_end_cancels_what_is_under_way_and_waits_until_that_has_accounted_fo
     still.sendall(ask("/b"))
     assert still.recv(4096).endswith(b'"/b"'), "another sandbox is not touched"
     still.close()
+    service.detach(other.brokers)
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "counts"),
+    [
+        (Ending.ANSWERED, 200, False),
+        (Ending.ANSWERED, 404, True),
+        (Ending.REFUSED, 0, True),
+        (Ending.FAILED, 502, True),
+        (Ending.ABANDONED, 0, True),
+    ],
+)
+def test_calls_that_come_to_nothing_are_paced_together(
+    service: Service, ending: Ending, status: int, counts: bool
+) -> None:
+    """Whichever broker's they are, and however they are told to the client (MCP: as an answer)."""
+    settings: list[Setting] = []
+
+    def opening(setting: Setting) -> Handler:
+        settings.append(setting)
+        return Handler()
+
+    rig, other = Rig(service, opening), Rig(service)
+    rig.until(lambda: settings)
+    for _ in range(2 * ERRORS):
+        settings[0].account(Used(ORIGIN, Kind.DATA_QUERY, "s", "select", "", 0.0, 0.0, ending, status=status))
+    assert (rig.brokers.room.delay() > 0) is counts and other.brokers.room.delay() == 0
+    service.detach(rig.brokers)
     service.detach(other.brokers)
 
 

@@ -13,6 +13,7 @@ from corral.modelapi import answer as answers
 from corral.modelapi import reader as readers
 from corral.modelapi.answer import Answer, Api
 from corral.modelapi.reader import AnswerReader, read_answer
+from corral.modelapi.values import values_in
 from tests.unit.model_answers import ALL, CALLS, THOUGHT, WORDS, Given, chat_stream, events, messages_stream
 
 GIVEN = pytest.mark.parametrize("given_", ALL.values(), ids=ALL.keys())
@@ -191,6 +192,42 @@ def test_halves_of_surrogate_pairs_are_put_together_or_replaced() -> None:
     found = read_answer(Api.CHAT, body + b"data: [DONE]\n\n")
     assert found.text == "👋\ufffd"
     assert found.text.encode()
+
+
+def test_what_takes_long_to_read_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All who have a broker would wait for it."""
+    monkeypatch.setattr(readers, "MAX_VALUES", 100)
+
+    def answer(text: object) -> dict[str, Any]:
+        return {
+            "choices": [{"message": {"content": "x"}, "delta": {"content": "x"}, "finish_reason": "stop"}],
+            "y": text,
+        }
+
+    many, long = answer([[]] * 100), answer('[1, "2"]\\' * 100)
+    for body in (json.dumps(many).encode(), events(many)):
+        found = read_answer(Api.CHAT, body)
+        assert "more than 100 values" in found.fault and not found.text and not found.complete
+    for body in (json.dumps(long).encode(), events(long)):
+        assert read_answer(Api.CHAT, body).complete
+
+
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.text('[{,"\\x', max_size=9),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text('{,"\\x', max_size=3), inner, max_size=4),
+        max_leaves=40,
+    ),
+    st.integers(0, 40),
+)
+def test_values_are_counted_without_the_texts(value: object, most: int) -> None:
+    def marks(each: object) -> int:
+        if not isinstance(each, list | dict):
+            return 0
+        inner = list(each.values() if isinstance(each, dict) else each)
+        return 1 + max(0, len(inner) - 1) + sum(map(marks, inner))
+
+    assert (values_in(json.dumps(value).encode(), most) > most) == (marks(value) > most)
 
 
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

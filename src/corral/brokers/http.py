@@ -16,6 +16,7 @@ import struct
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from time import monotonic
 from typing import cast
 
 import h11
@@ -36,6 +37,11 @@ LINGER = 2.0
 """Seconds for a client to read why it was refused."""
 WRITE_SECONDS = 300.0
 """For a client to read some of what waits for it."""
+ERRORS = 500
+ERRORS_A_SECOND = 20.0
+"""So many calls of a sandbox may come to nothing at once, and then so many in a second."""
+MAX_DELAY = 10.0
+"""Seconds that one of them waits."""
 MAX_FIELDS = 100
 CHUNKS = 1024
 CHUNK_BYTES = 256
@@ -71,10 +77,14 @@ class Gone(ConnectionError):
 
 
 class Room:
-    """Bytes of bodies that one sandbox's clients may have waiting, over all its connections."""
+    """What one sandbox's clients may take together, over all its connections: bytes of bodies that wait, and errors.
 
-    def __init__(self, total: int) -> None:
+    A call that is refused costs its client nothing and us a record, so whoever is refused all the time waits."""
+
+    def __init__(self, total: int, *, clock: Callable[[], float] = monotonic) -> None:
         self._left = total
+        self._clock = clock
+        self._errors, self._at = 0.0, clock()
 
     def take(self, count: int) -> bool:
         """Whether so many more may wait; they are counted only then."""
@@ -86,6 +96,20 @@ class Room:
     def give(self, count: int) -> None:
         """So many are no longer there."""
         self._left += count
+
+    def failed(self) -> None:
+        """One more call came to nothing."""
+        self._fade()
+        self._errors += 1
+
+    def delay(self) -> float:
+        """Seconds until the next request is looked at."""
+        self._fade()
+        return min(MAX_DELAY, max(0.0, (self._errors - ERRORS) / ERRORS_A_SECOND))
+
+    def _fade(self) -> None:
+        now = self._clock()
+        self._errors, self._at = max(0.0, self._errors - (now - self._at) * ERRORS_A_SECOND), now
 
 
 class Refused(Exception):
@@ -291,6 +315,8 @@ class Connection(asyncio.Protocol):
     async def _serve(self, request: Request) -> None:
         answer = Answering(self, request.method)
         try:
+            if delay := self._room.delay():
+                await asyncio.sleep(delay)
             await self._handle(request, answer)
         except Gone:
             self._reason = self._reason or "closed by its client"

@@ -12,9 +12,10 @@ import socket
 import threading
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
-from corral.actions import Attempt, Origin
+from corral.actions import Attempt, Ending, Origin, Used
 from corral.brokers.http import Connection, Room, serve
 from corral.brokers.setting import Handler, Opening, Setting
 from corral.errors import CorralError
@@ -117,6 +118,17 @@ class Door:
             await handler.close()
 
 
+class _Errors:
+    """Calls that came to nothing, for whoever has them wait: a :class:`corral.monitor.records.Tally`."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+
+    def used(self, used: Used) -> None:
+        if used.ending is not Ending.ANSWERED or used.status >= 400:
+            self._room.failed()
+
+
 class Brokers:
     """The brokers of one sandbox."""
 
@@ -138,6 +150,7 @@ class Brokers:
         """In the brokers' thread, before any connection."""
         try:
             setting = self._make()
+            setting = replace(setting, tallies=(*setting.tallies, _Errors(self.room)))
             self._flush = setting.flush
             for broker, door in self.doors.items():
                 door.open(self._openings[broker], setting)

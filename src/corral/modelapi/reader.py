@@ -21,11 +21,14 @@ from types import ModuleType
 from corral.actions import ToolCall
 from corral.modelapi import chat, messages, responses
 from corral.modelapi.answer import Answer, Api, Draft, as_object
+from corral.modelapi.values import values_in
 
 MAX_BODY = 32 << 20
 """Bytes of an answer that is one object."""
 MAX_EVENT = 16 << 20
 """Bytes of one event of a stream."""
+MAX_VALUES = 1_000_000
+"""Values in one object, be it the answer or an event; with probabilities there can be many."""
 _BATCH = 64 * 1024
 """Bytes of a stream that wait to be taken apart."""
 _WINDOW = 64
@@ -125,6 +128,9 @@ class AnswerReader:
         if not body.strip():
             self._draft.wrong("it is empty")
             return
+        if values_in(body, MAX_VALUES) > MAX_VALUES:
+            self._draft.wrong(f"it has more than {MAX_VALUES:,} values")
+            return
         try:
             values = json.loads(body.decode("utf-8", "replace"))
         except (ValueError, RecursionError):
@@ -203,8 +209,12 @@ class AnswerReader:
         if not self._data:
             self._data_size = 0
             return
-        data = b"\n".join(self._data).decode("utf-8", "replace")
+        joined = b"\n".join(self._data)
         self._data, self._data_size = [], 0
+        if values_in(joined, MAX_VALUES) > MAX_VALUES:
+            self._draft.wrong(f"one of its events has more than {MAX_VALUES:,} values")
+            return
+        data = joined.decode("utf-8", "replace")
         event = {}
         if data != chat.DONE:
             try:

@@ -21,7 +21,7 @@ MAX_COMMAND = 16 * 1024
 """Characters of a command that are compared: its process waits meanwhile."""
 MAX_VALUES = 256
 """Values of one tool call that are compared."""
-_MAX_PARSED = 4 << 20
+_MAX_PARSED = 256 * 1024
 """Characters of arguments that are taken for JSON at all."""
 _MIN_WORD = 4
 """Characters of a single word that says something where it is only a part of a text."""

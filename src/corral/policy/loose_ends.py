@@ -15,6 +15,7 @@ from corral.policy.matching import escape_glob, text_glob
 from corral.policy.model import Api, ApiRule, Data, DataRule, Filesystem, Model, ModelRule, Policy
 from corral.policy.part import PolicyPart
 from corral.policy.places import host_and_port
+from corral.policy.secret_sources import secret_sources
 
 MAX_ENDS = 50
 """Lines; the last one counts the rest."""
@@ -39,25 +40,9 @@ def _past_brokers(policy: Policy) -> Iterator[str]:
                 yield f"{place}: {url} is shown inside by `filesystem`, past all that `tables` says"
         elif (endpoint := _endpoint(url)) and part.explain(Kind.NET_CONNECT, endpoint).opinion.verdict < Verdict.DENY:
             yield f"{place}: `network` lets the sandbox connect to {endpoint} itself, past the broker"
-    for place, secret in _secrets(policy):
+    for place, secret in secret_sources(policy):
         if secret.startswith("file:") and _is_shown(policy.filesystem, secret.removeprefix("file:")):
             yield f"{place}: the file of the secret is shown inside by `filesystem`"
-
-
-def _secrets(policy: Policy) -> Iterator[tuple[str, str]]:
-    for index, upstream in enumerate(policy.model.upstreams):
-        if upstream.credential is not None:
-            yield f"model.upstreams[{index}]", upstream.credential.source
-    for index, source in enumerate(policy.data.sources):
-        yield f"data.sources[{index}]", source.password
-    for index, service in enumerate(policy.api.services):
-        if service.credential is not None:
-            yield f"api.services[{index}]", service.credential.source
-    network = policy.network
-    for field, rules in (("allow", network.allow), ("ask", network.ask)):
-        for index, rule in enumerate(rules):
-            if rule.credential is not None:
-                yield f"network.{field}[{index}]", rule.credential.source
 
 
 def _is_shown(filesystem: Filesystem, path: str) -> bool:

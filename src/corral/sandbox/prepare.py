@@ -15,6 +15,7 @@ from corral.errors import CorralError, RequestError
 from corral.gateway import capture
 from corral.policy.doors import open_brokers
 from corral.policy.model import Degradation, Policy
+from corral.policy.secret_sources import secret_variables
 from corral.sandbox import cgroups, claims, paths
 from corral.sandbox.environment import make_environment
 from corral.sandbox.identity import Identity, make_identity, workspace_lines
@@ -214,7 +215,12 @@ def prepare(options: Options, *, gateway: bool | None = None) -> Prepared:
         )
         plan.filter(table.compile())
         environment = make_environment(
-            options.environment, policy.environment, user=options.user, path=path, hints=hints
+            options.environment,
+            policy.environment,
+            user=options.user,
+            path=path,
+            hints=hints,
+            secrets=secret_variables(policy),
         )
         return Prepared(
             sandbox_id,

@@ -25,6 +25,8 @@ class CallAccount:
         self.status = 0
         self.first = 0.0
         self.bytes_up = self.bytes_down = 0
+        self.most = 0
+        """Tokens of output that it can take."""
         self.was_sent = False
         """An upstream may have worked on it."""
         self.is_free = False
@@ -78,11 +80,17 @@ class CallAccount:
         )
 
     def _tokens(self, answer: Answer) -> tuple[int, int, bool]:
-        if answer.has_usage and answer.complete:
+        said = (answer.text, answer.thinking, *(tool.arguments for tool in answer.tools))
+        has_said = self.skipped > 0 or any(said)
+        if answer.has_usage and answer.complete and answer.input_tokens and (answer.output_tokens or not has_said):
             return answer.input_tokens, answer.output_tokens, False
         if self.is_free or not self.was_sent:
             return 0, 0, False
         # What broke off was made nevertheless, up to there at least; counts that stand before it are of its beginning.
-        said = len(answer.text) + len(answer.thinking) + sum(len(tool.arguments) for tool in answer.tools)
+        # Of nothing no upstream makes an answer: who counts none does not count.
+        told = tokens_of(sum(len(each.encode("utf-8", "replace")) for each in said))
+        given = max(answer.output_tokens, told + self.skipped)
+        if self.ending is Ending.ABANDONED and not self._asked.stream:
+            given = max(given, self.most)  # nobody tells the upstream to stop: it goes on, to its end
         taken = answer.input_tokens if answer.has_usage and answer.input_tokens else self._estimate
-        return taken, max(answer.output_tokens, tokens_of(said) + self.skipped), True
+        return taken, given, True

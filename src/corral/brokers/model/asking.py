@@ -12,7 +12,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from corral.modelapi.answer import Api
+from corral.modelapi.answer import Api, as_object
+from corral.modelapi.values import values_in
 
 MAX_MODEL = 256
 """Characters of a model's name."""
@@ -22,7 +23,6 @@ MAX_VALUES = 200_000
 MAX_TURNS = 20_000
 _MAX_TOKENS = 1 << 40
 _MODEL = re.compile(r"[!-~]+")
-_BACKSLASH = ord("\\")
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 _READ = {
@@ -39,6 +39,13 @@ _REROUTING = frozenset(
 )
 """By these, upstreams and gateways to several of them take another model, place, key or account than those judged
 here."""
+_PLAIN_PRICE = {
+    "service_tier": (None, "auto", "default", "flex", "standard", "standard_only"),
+    "speed": (None, "standard"),
+    "inference_geo": (None, "global"),
+}
+"""Fields that choose what a model costs, and what is no more than usual."""
+_PRICED = frozenset(("stream_options", *_PLAIN_PRICE))
 _OUTPUT = {
     Api.CHAT: ("max_completion_tokens", "max_tokens"),
     Api.RESPONSES: ("max_output_tokens",),
@@ -61,6 +68,10 @@ class Asked:
     max_output: int | None
     """Tokens of each choice; None where the request does not say."""
     choices: int
+    tells_usage: bool
+    """The end of its answer says what it took."""
+    extra: str
+    """The field by which it asks for more than a model's plain price; empty where none does."""
     previous: str
     """The answer that it follows, where the upstream keeps conversations (Responses)."""
     values: dict[str, Any]
@@ -72,7 +83,7 @@ class Asked:
 def read(api: Api, body: bytes) -> Asked:
     """Raises Unclear."""
     values = _parse(body)
-    known = _READ[api]
+    known = _READ[api] | _PRICED
     for name in values:
         if name not in known and name.casefold() in known:
             raise Unclear(f"A request has no field {name[:100]!r}; names are written in small letters.")
@@ -95,41 +106,12 @@ def read(api: Api, body: bytes) -> Asked:
         bool(stream),
         max((limit for limit in limits if limit is not None), default=None),
         1 if choices is None else max(1, choices),
+        not stream or api is not Api.CHAT or as_object(values.get("stream_options")).get("include_usage") is True,
+        next((name for name, plain in _PLAIN_PRICE.items() if values.get(name) not in plain), ""),
         _previous(values) if api is Api.RESPONSES else "",
         values,
         body,
     )
-
-
-def values_in(body: bytes, most: int) -> int:
-    """How many values JSON has, at most: texts are told from them only where that matters, and what is beyond ``most``
-    is not counted to its end."""
-    if (count := _marks(body, 0, len(body))) <= most:
-        return count
-    count = at = 0
-    while count <= most:
-        text = body.find(b'"', at)
-        count += _marks(body, at, len(body) if text < 0 else text)
-        if text < 0:
-            break
-        at = _end_of_text(body, text + 1)
-    return count
-
-
-def _marks(body: bytes, start: int, end: int) -> int:
-    return sum(body.count(each, start, end) for each in (b",", b"[", b"{"))
-
-
-def _end_of_text(body: bytes, at: int) -> int:
-    """Behind the quotation mark that ends the text which goes on at ``at``."""
-    while (mark := body.find(b'"', at)) >= 0:
-        first = mark
-        while first > at and body[first - 1] == _BACKSLASH:
-            first -= 1
-        at = mark + 1
-        if (mark - first) % 2 == 0:
-            return at
-    return len(body)
 
 
 def _parse(body: bytes) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class ModelBroker:
         await _refuse(answer, family, problem, reason)
 
     async def _list(self, route: Route, request: Request, answer: Answering) -> None:
-        models = await self._listing.models(route.family, request.headers)
+        models = await self._listing.models(route.family)
         if not route.model:
             await answer.json(200, as_list(route.family, models))
             return

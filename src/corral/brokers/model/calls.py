@@ -135,6 +135,8 @@ class Call:
         if not self._route.is_count:
             limit = DEFAULT_OUTPUT if asked.max_output is None else asked.max_output
             taken, given = self._talk.tokens, limit * asked.choices
+            self._account.most = given
+            self._check_countable()
         cost = means.prices.ceiling(asked.model, taken, given)
         try:
             if means.threads is None:
@@ -145,6 +147,25 @@ class Call:
             self._account.rule = over.rule
             problem = Problem.EXHAUSTED if over.retry_after is None else Problem.RATE
             raise Refusal(problem, over.reason, Ending.REFUSED, after=over.retry_after) from None
+
+    def _check_countable(self) -> None:
+        """What a budget cannot count is not asked."""
+        asked, model = self._asked, self._means.setting.policy.model
+        for place, budget in (("model.session", model.session), ("model.agent", model.agent)):
+            if asked.extra and budget.money is not None:
+                self._account.rule = f"{place}.money"
+                reason = (
+                    f"The field `{asked.extra}` asks for more than the price that the policy has for "
+                    f"{asked.model}, and money is bounded here. Leave it out."
+                )
+                raise Refusal(Problem.DENIED, reason, Ending.REFUSED)
+            if not asked.tells_usage and (budget.money is not None or budget.tokens is not None):
+                self._account.rule = place
+                reason = (
+                    "What this stream takes is counted here, so it must say so at its end: ask with "
+                    '`"stream_options": {"include_usage": true}`.'
+                )
+                raise Refusal(Problem.INVALID, reason, Ending.REFUSED)
 
     async def _admit_elsewhere(self, tokens: int, cost: int | None) -> Admission:
         loop = asyncio.get_running_loop()

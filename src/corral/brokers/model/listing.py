@@ -19,7 +19,9 @@ MAX_MODELS = 10_000
 SECONDS = 30.0
 """For an upstream to say it."""
 FRESH = 60.0
-"""Seconds for which it is not asked again."""
+"""Seconds for which it is not asked again, whatever it has said."""
+_HEADERS: Fields = ((b"anthropic-version", b"2023-06-01"),)
+"""Nothing of the agent's is in what an upstream is asked here: nobody decides on it, and nothing records it."""
 
 
 class Listing:
@@ -32,38 +34,39 @@ class Listing:
         self._known: dict[str, tuple[float, list[dict[str, Any]]]] = {}
         self._lock = asyncio.Lock()
 
-    async def models(self, api: ModelApi, headers: Fields) -> list[dict[str, Any]]:
+    async def models(self, api: ModelApi) -> list[dict[str, Any]]:
         """What each is as its upstream says it, by the name by which it is asked for here."""
         found: dict[str, dict[str, Any]] = {}
         async with self._lock:  # one question for all who want to know
             for upstream in self._upstreams:
                 if upstream.api is api:
-                    for each in await self._of(upstream, headers):
+                    for each in await self._of(upstream):
                         found.setdefault(each["id"], each)
         return list(found.values())
 
     def _may(self, name: str) -> bool:
         return not self._deny.all(name) and bool(self._allow.all(name) or self._ask.all(name))
 
-    async def _of(self, upstream: Ready, headers: Fields) -> list[dict[str, Any]]:
+    async def _of(self, upstream: Ready) -> list[dict[str, Any]]:
         now = asyncio.get_running_loop().time()
         known = self._known.get(upstream.name)
         if known is not None and now - known[0] < FRESH:
             return known[1]
         try:
             async with asyncio.timeout(SECONDS):
-                listed = await self._ask_for(upstream, headers)
+                listed = await self._ask_for(upstream)
         except (Failed, TimeoutError, ValueError, RecursionError):
             listed = [_entry(upstream.api, name) for name in self._named(upstream)]
         models = list(self._here(upstream, listed))
         self._known[upstream.name] = (now, models)
         return models
 
-    async def _ask_for(self, upstream: Ready, headers: Fields) -> list[dict[str, Any]]:
+    async def _ask_for(self, upstream: Ready) -> list[dict[str, Any]]:
         if self._client is None:
             raise Failed("nothing is asked for here", was_sent=False)
-        query = "limit=1000" if upstream.api is ModelApi.ANTHROPIC else ""
-        reply = await self._client.ask("GET", upstream.url("/models", query), upstream.headers(headers), None)
+        is_anthropic = upstream.api is ModelApi.ANTHROPIC
+        url = upstream.url("/models", "limit=1000" if is_anthropic else "")
+        reply = await self._client.ask("GET", url, upstream.headers(_HEADERS if is_anthropic else ()), None)
         try:
             body = bytearray()
             while data := await reply.read():

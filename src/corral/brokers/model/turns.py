@@ -190,6 +190,6 @@ def _estimate(body: bytes, turns: list[Any]) -> int:
     return max(0, size) // BYTES_PER_TOKEN + count * ATTACHMENT
 
 
-def tokens_of(text_length: int) -> int:
-    """An estimate of the tokens of a text, by its length in characters; none only where there is none."""
-    return -(-text_length // BYTES_PER_TOKEN)
+def tokens_of(length: int) -> int:
+    """An estimate of the tokens of a text, by its length in bytes of UTF-8; none only where there is none."""
+    return -(-length // BYTES_PER_TOKEN)
