@@ -185,6 +185,41 @@ async def test_a_sub_agent_is_a_conversation_of_its_own(tmp_path: Path) -> None:
     assert seen["paste"] == {(mine[1].opened, main.call_id(1), False)}
 
 
+async def test_two_sub_agents_at_once_are_told_apart(tmp_path: Path) -> None:
+    """They work at the same time, in the same process, with commands that are alike."""
+
+    def asked(name: str) -> Call:
+        prompt = f"SUBTASK {name}: look after it, please"
+        return Call("Task", {"description": name, "prompt": prompt, "subagent_type": "general-purpose"})
+
+    def theirs(name: str, program: str) -> Script:
+        first = CLAUDE.runs(f"sleep 1; {program} /etc/hostname >{name}1.txt; sleep 1")
+        second = CLAUDE.runs(f"{program} {name}1.txt >{name}2.txt")
+        return Script(name, (Turn((first,)), Turn((second,)), says("It is done.")), f"SUBTASK {name}", tools=True)
+
+    main = main_script([Turn((Text("Two."), asked("left"), asked("right"))), says("All is done.")])
+    left, right = theirs("left", "fold"), theirs("right", "nl")
+    async with running(CLAUDE, [main, left, right], tmp_path) as run:
+        done = await run.work()
+        assert done.exit_code == 0 and "All is done." in done.text, done
+    assert not run.server.violations
+    (mother,) = {used.conversation for used in of_script(run, main)}
+    expected, conversations = {}, {mother}
+    for script, program in ((left, "fold"), (right, "nl")):
+        calls = of_script(run, script)
+        assert len(calls) == 3 and {used.parent for used in calls} == {mother}
+        conversations |= {used.conversation for used in calls}
+        causes = [(calls[turn].opened, script.call_id(turn), False) for turn in range(2)]
+        expected |= {f"{script.name}{turn + 1}.txt": {causes[turn]} for turn in range(2)}
+        expected[program] = set(causes)
+    assert len(conversations) == 3
+    seen: dict[str, set[tuple[int, str, bool]]] = {}
+    for decision in run.decisions():
+        if not is_reading(decision):
+            seen.setdefault(what(decision), set()).add(cause(decision.action.origin))
+    assert {name: seen.get(name) for name in expected} == expected
+
+
 # ---- secrets ----
 
 
@@ -333,6 +368,30 @@ def test_a_run_is_shown_with_what_its_model_said(tmp_path: Path) -> None:
     assert f"net.connect {REFUSED}:80" in text
     for expected in ("Write", "Bash", script.call_id(1, 0), script.call_id(1, 1), "unexplained"):
         assert expected in tree, tree
+
+
+@each_api
+def test_a_run_can_be_run_again_with_the_same_answers(agent: Agent, tmp_path: Path) -> None:
+    """Without a model: whatever the agent does then is compared with what it did."""
+    agent.needed()
+    workspace, policy = tmp_path / "workspace", tmp_path / "policy.yaml"
+    (tmp_path / "corral").mkdir()
+    workspace.mkdir(mode=0o755)
+    with adopting_orphans():
+        cli = CommandLine(tmp_path / "corral", workspace)
+        log = ("--log", str(tmp_path / "log"), "--policy", str(policy))
+        with ModelServer([main_script(workshop(agent, tmp_path))], key=SECRET) as server:
+            policy.write_text(policy_text(agent, server, workspace))
+            words = (agent.program.name, *agent.arguments, TASK)
+            done = cli.run(*log, "--", *words, env=environment_of(agent), timeout=120)
+            assert done.returncode == 0, done
+        again = cli("replay", "--rerun", *log, env=environment_of(agent), timeout=120)
+    said = again.stdout.decode()
+    assert "6 answers of models given again" in said, again
+    if agent is CLAUDE:  # which gives its files names by chance
+        assert "it first became another at step" in said and "shell-snapshots" in said
+    else:
+        assert again.returncode == 0 and "step by step" in said
 
 
 # ---- reading records ----
