@@ -183,7 +183,7 @@ async def paced_figure(workspace: Path, quick: bool) -> list[Row]:
     name = f"model: {STREAMS} streams, {1000 // PACE} tokens/s each"
     rows = [
         Row(f"{name}: time of a stream", "ms", *_two(whole[0]), DIRECT, *_two(whole[1]), ratio, bar=THROUGHPUT),
-        Row(f"{name}: first token, added", "ms", first, note=f"p99: {last:.1f} ms"),
+        Row(f"{name}: first token, added", "ms", first, note=f"p99: {last:.1f} ms", bar=FIRST),
         Row(f"{name}: processor for a token", "µs", each),
     ]
     if theirs:
