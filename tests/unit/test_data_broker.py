@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +21,9 @@ from corral.approvals.queue import Question, Queue, Scope
 from corral.approvals.waiting import read_waiting, show
 from corral.brokers.data.broker import DataBroker, prepare
 from corral.brokers.data.engine_postgresql import PostgresqlSession
+from corral.brokers.data.engine_sqlite import SqliteSession
 from corral.brokers.data.faults import Fault, SourceFault
+from corral.brokers.data.sessions import Session
 from corral.brokers.http import Connection, Room, serve
 from corral.cli import pending
 from corral.errors import RequestError
@@ -212,6 +216,28 @@ async def test_everything_but_a_yes_is_undone(place: Place, way: str) -> None:
     assert (await world.ask("SELECT count(*) FROM customers"))[1]["rows"] == [[4]]
     await world.desk.close()
     assert place.look("SELECT count(*) FROM customers") == [(6,)]
+
+
+async def test_a_change_that_is_being_committed_is_on_record(sqlite_world: World, tmp_path: Path) -> None:
+    """Its client goes while it is: it has happened all the same, and the account says so."""
+    source = source_of(Dialect.SQLITE, str(tmp_path / "crm.db"), tables=CHANGEABLE, hold_writes=False)
+    world = World(source)
+    committing = threading.Event()
+
+    def finish(session: SqliteSession, *, commit: bool) -> None:
+        committing.set()
+        time.sleep(0.2)
+        Session.finish(session, commit=commit)
+
+    with mock.patch.object(SqliteSession, "finish", finish):
+        asking = asyncio.create_task(world.ask("UPDATE customers SET balance = 7 WHERE id = 1"))
+        await asyncio.to_thread(committing.wait, 10)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+    assert (world.told.used[0].ending, world.told.used[0].rows) == (Ending.ABANDONED, 1)
+    assert await sqlite_world.rows("SELECT balance FROM customers WHERE id = 1") == [[7]]
+    await world.desk.close()
 
 
 async def test_what_the_policy_denies_is_not_tried(place: Place) -> None:

@@ -45,7 +45,6 @@ class Outcome:
     body: str
     """JSON."""
     retry_after: float | None = None
-    rows: int = 0
 
 
 class Failed(Exception):
@@ -72,6 +71,8 @@ class _Account:
     rule: str = ""
     personal: tuple[str, ...] = ()
     began: float = 0.0
+    rows: int = 0
+    """That were given, or have been changed."""
 
 
 class Desk:
@@ -131,7 +132,7 @@ class Desk:
                 first=max(0.0, account.began - started) if account.began else 0.0,
                 status=outcome.status if ending is not Ending.ABANDONED else 0,
                 reason=reason,
-                rows=outcome.rows,
+                rows=account.rows,
                 bytes_up=len(text.encode("utf-8", "replace")),
                 bytes_down=len(outcome.body.encode()),
                 personal=account.personal,
@@ -224,7 +225,8 @@ class Desk:
             self._pool.give_back(session, writes=False)
         account.began = time.monotonic()
         truncated = "true" if rows.truncated else "false"
-        return Outcome(200, f'{{{_listed(rows, plan.names)},"truncated":{truncated}}}', rows=len(rows.rows))
+        account.rows = len(rows.rows)
+        return Outcome(200, f'{{{_listed(rows, plan.names)},"truncated":{truncated}}}')
 
     # ---- changes ----
 
@@ -249,12 +251,12 @@ class Desk:
             finally:
                 if not is_agreed:
                     await self._roll_back(session)
-            await self._pool.use(session, lambda: session.finish(commit=True))
+            await self._commit(session, changed.affected, account)
         finally:
             self._pool.give_back(session, writes=True)
         account.began = time.monotonic()
         given = _chosen(plan, changed)
-        return Outcome(200, f'{{"affected":{changed.affected}{given}}}', rows=changed.affected)
+        return Outcome(200, f'{{"affected":{changed.affected}{given}}}')
 
     def _asking(self) -> Opinion:
         return Opinion(
@@ -262,6 +264,19 @@ class Desk:
             f"{self._where}.hold_writes",
             "It changes data outside: a person must see the rows and agree.",
         )
+
+    async def _commit(self, session: Session, affected: int, account: _Account) -> None:
+        """To its end, also where its client is gone meanwhile: what was done is on record as what was done."""
+        work = asyncio.ensure_future(self._pool.use(session, lambda: session.finish(commit=True)))
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            session.is_broken = True
+            await asyncio.wait([work])
+            if not work.cancelled() and work.exception() is None:
+                account.rows = affected
+            raise
+        account.rows = affected
 
     async def _roll_back(self, session: Session) -> None:
         """Whatever else happens: what is not agreed to must not stay open, nor be committed with what comes next."""
