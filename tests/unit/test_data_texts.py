@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -93,3 +94,19 @@ async def test_columns_without_a_name_do_not_say_what_was_run(world: World) -> N
     assert (status, body["columns"]) == (200, ["id", "column2", "column3"])
     status, body = await world.ask("SELECT * FROM (SELECT exists(SELECT 1 FROM customers), 2 AS two) AS x")
     assert (status, body["columns"]) == (200, ["column1", "two"])
+
+
+async def test_parameters_are_written_alike_for_all(world: World) -> None:
+    """DuckDB's own are $name, and a colon means other things there."""
+    for begin in (":p", "- :p", "-:p", "1 + :p", "(:p)", "coalesce(:p, 2)"):
+        status, body = await world.ask(f"SELECT {begin} AS a, name FROM customers WHERE id = :p", {"p": 1})
+        assert (status, body["columns"], body["rows"][0][1]) == (200, ["a", "name"], "Ada"), begin
+    for text in ("SELECT name: 1 FROM customers", "SELECT id FROM c: customers", "SELECT name:id FROM customers"):
+        if world.desk.source.dialect is Dialect.DUCKDB:
+            assert (await world.ask(text))[1]["error"]["type"] == "refused", text
+
+
+async def test_a_tree_that_is_not_as_it_should_be_is_refused(world: World) -> None:
+    with mock.patch("corral.brokers.data.plans.compile_read", side_effect=AttributeError("secret")):
+        status, body = await world.ask("SELECT id FROM customers")
+    assert (status, body["error"]["message"]) == (400, "The query is not understood.")

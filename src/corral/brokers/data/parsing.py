@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from sqlglot import Token, exp
+from sqlglot import Token, TokenType, exp
 from sqlglot.dialects.dialect import Dialect as Sqlglot
 
 from corral.brokers.data.grammar import SQLGLOT
@@ -27,8 +27,15 @@ class Endless(Exception):
 
 
 def tokenize(text: str, dialect: Dialect) -> list[Token]:
-    """Raises SqlglotError."""
-    return _sqlglot(dialect).tokenize(text)
+    """Raises SqlglotError. A parameter is ``:name`` in all dialects."""
+    tokens = _sqlglot(dialect).tokenize(text)
+    if dialect is Dialect.DUCKDB:  # whose own are $name; what else has a colon there is not for queries here
+        tokens = [_dollar(token) if token.token_type is TokenType.COLON else token for token in tokens]
+    return tokens
+
+
+def _dollar(colon: Token) -> Token:
+    return Token(TokenType.PARAMETER, "$", colon.line, colon.col, colon.start, colon.end, colon.comments)
 
 
 def parse(text: str, tokens: list[Token], dialect: Dialect) -> list[exp.Expr]:

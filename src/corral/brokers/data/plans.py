@@ -52,6 +52,8 @@ class Plans:
                 plan = self._compile(text)
             except QueryRefused as refused:
                 plan = str(refused)
+            except (RecursionError, ValueError, TypeError, AttributeError, KeyError, IndexError):
+                plan = "the query is not understood"  # a tree as the parser should not make it
             with self._lock:
                 self._kept[text] = plan
                 if len(self._kept) > MAX_KEPT:
