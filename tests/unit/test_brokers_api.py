@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from typing import Any
+from unittest import mock
 
 import pytest
 from mcp import Client
 
 from corral.actions import Content, Ending, Kind, Verdict
 from corral.actions import Operation as Tried
+from corral.brokers.api import asking
 from corral.brokers.api.media import FORM
 from corral.monitor.plain import Bounds, to_plain
 from corral.policy.model import ApiRule, Credential, CredentialKind, Operation
@@ -484,3 +487,19 @@ async def test_an_operation_may_be_named_by_its_place() -> None:
     async with bench((Operation("DELETE /tickets/{id}"),), allow=(ApiRule("tickets", ("DELETE /tickets/*",)),)) as made:
         assert (await made.ask("DELETE", "/tickets/tickets/5")).status == 200
         assert made.used.name == "DELETE /tickets/{id}" and made.arrived.method == "DELETE"
+
+
+async def test_a_long_body_is_read_beside_the_loop() -> None:
+    """All sandboxes of a process wait for one loop."""
+    threads: list[int] = []
+
+    def counted(*words: Any) -> Any:
+        threads.append(threading.get_ident())
+        return asking.read(*words)
+
+    with mock.patch("corral.brokers.api.broker.read_request", counted):
+        async with bench() as made:
+            for labels in (["bug"], ["bug"] * 5000):
+                assert (await made.json("POST", "/tickets/tickets", {"title": "x", "extra": labels})).status == 200
+            assert (await made.json("POST", "/tickets/tickets", [1] * 5000)).status == 400
+    assert [each == threading.get_ident() for each in threads] == [True, False, False]

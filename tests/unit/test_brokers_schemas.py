@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from corral.brokers import schemas
+from corral.brokers import schemas, strict_json
 from corral.brokers.schemas import Schema, SchemaFault
 from corral.brokers.strict_json import MAX_VALUES, Json, NotJson, check, parse, write
 
@@ -259,3 +260,37 @@ def test_the_library_has_no_keyword_that_we_do_not_know_of() -> None:
     )
     assert set(Draft202012Validator.VALIDATORS) - schemas._NOT_TAKEN == known
     assert not re.search("patternProperties", json.dumps(sorted(known)))
+
+
+# ---- what is long keeps nobody waiting ----
+
+
+def test_too_many_values_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json, "loads", lambda *words, **how: pytest.fail("they were"))
+    for text in (b"[" + b"1," * 300 + b"1]", b"{" + b",".join(b'"%d":{}' % n for n in range(200)) + b"}", b"[" * 400):
+        with pytest.raises(NotJson, match="more than 200 values"):
+            parse(text, values=200)
+
+
+def test_the_bound_before_is_not_stricter() -> None:
+    values: tuple[Json, ...] = ([1] * 99, {str(n): n for n in range(66)}, [["," * 500]] * 30, "[,{" * 200)
+    for value in values:
+        check(value, values=201)
+        assert parse(write(value), values=201) == value
+
+
+async def test_a_long_text_is_read_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+
+    def counted(data: bytes, **bounds: int) -> Json:
+        threads.append(threading.get_ident())
+        return parse(data, **bounds)
+
+    monkeypatch.setattr(strict_json, "parse", counted)
+    assert await strict_json.parse_aside(b"[1]") == [1]
+    assert threads == [threading.get_ident()]
+    assert await strict_json.parse_aside(write([1] * 5000)) == [1] * 5000
+    assert await strict_json.parse_aside(write("x" * 300_000)) == "x" * 300_000
+    assert threading.get_ident() not in threads[1:] and len(threads) == 3
+    with pytest.raises(NotJson, match="deeper"):
+        await strict_json.parse_aside(write([[[]]] * 5000), depth=2)

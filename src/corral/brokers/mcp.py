@@ -17,7 +17,7 @@ from typing import Any
 from corral.actions import Origin
 from corral.brokers.http import Answering, Gone, Request
 from corral.brokers.schemas import Schema
-from corral.brokers.strict_json import Json, NotJson, parse
+from corral.brokers.strict_json import Json, NotJson, parse_aside
 
 HANDSHAKE_VERSIONS = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")
 """The first is offered to a client that asks for one we do not know."""
@@ -107,7 +107,7 @@ class Mcp:
             return
         try:
             _check_http(request)
-            value = _parsed(request.body)
+            value = await _parsed(request.body)
             if "id" not in value:
                 _check_notification(value)
                 await answer.answer(202, b"")
@@ -230,10 +230,10 @@ def _check_http(request: Request) -> None:
         raise _HttpFault(413, f"A message has at most {MAX_MESSAGE} bytes.")
 
 
-def _parsed(body: bytes) -> dict[str, Json]:
+async def _parsed(body: bytes) -> dict[str, Json]:
     """Raises _Error."""
     try:
-        value = parse(body, depth=MAX_DEPTH)
+        value = await parse_aside(body, depth=MAX_DEPTH)
     except NotJson as error:
         raise _Error(PARSE_ERROR, f"This is no JSON that is taken here: {error}.") from None
     if not isinstance(value, dict):

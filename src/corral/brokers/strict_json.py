@@ -7,9 +7,12 @@ nesting without end. What is sent on is written anew from what was read.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from typing import TypeAlias
+
+from corral.modelapi.values import values_in
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
@@ -20,12 +23,18 @@ MAX_DIGITS = 128
 """Of an integer."""
 
 
+_SHORT, _FEW = 256 * 1024, 2000
+"""Bytes and values of a text that is read at once, in about 10 ms at most."""
+
+
 class NotJson(ValueError):
     """A text that is not read. The message says why, in our own words."""
 
 
 def parse(data: bytes, *, depth: int = MAX_DEPTH, values: int = MAX_VALUES) -> Json:
     """Raises NotJson."""
+    if values_in(data, values) > values:  # before they are made
+        raise NotJson(f"it holds more than {values:,} values")
     try:
         text = data.decode("utf-8")
         value: Json = json.loads(
@@ -39,6 +48,18 @@ def parse(data: bytes, *, depth: int = MAX_DEPTH, values: int = MAX_VALUES) -> J
         raise NotJson(f"it is nested deeper than {depth}") from None
     check(value, depth=depth, values=values)
     return value
+
+
+def is_short(data: bytes) -> bool:
+    """Whether reading it keeps nobody waiting."""
+    return len(data) <= _SHORT and values_in(data, _FEW) <= _FEW
+
+
+async def parse_aside(data: bytes, *, depth: int = MAX_DEPTH, values: int = MAX_VALUES) -> Json:
+    """The same; what takes long is read in a thread, as all sandboxes of a process wait for one loop."""
+    if is_short(data):
+        return parse(data, depth=depth, values=values)
+    return await asyncio.to_thread(parse, data, depth=depth, values=values)
 
 
 def check(value: Json, *, depth: int = MAX_DEPTH, values: int = MAX_VALUES) -> None:

@@ -33,7 +33,7 @@ from corral.brokers.http import Answering, Request
 from corral.brokers.mcp import Mcp, Tool, ToolResult
 from corral.brokers.outward import tls_context
 from corral.brokers.setting import Opening, Setting
-from corral.brokers.strict_json import Json, NotJson, parse, write
+from corral.brokers.strict_json import Json, NotJson, is_short, parse, write
 from corral.credentials.secret import load as load_secret
 from corral.errors import RequestError
 from corral.policy.doors import Broker
@@ -181,7 +181,8 @@ class ApiBroker:
         here = [each for each in ready.declared.operations if each.template.text == template.text]
         for operation in here:
             if operation.method == request.method:
-                return await calls.call(operation, partial(read_request, operation, request, arguments), request.origin)
+                ask = partial(read_request, operation, request, arguments)
+                return await calls.call(operation, ask, request.origin, aside=not is_short(request.body))
         if ready.declared.has(template.text, request.method):
             return await calls.refuse(f"{request.method} {template.text}", request.method, request.origin)
         allowed = ", ".join(sorted(each.method for each in here)).encode("ascii")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from http import HTTPStatus
@@ -97,13 +97,19 @@ class Calls:
             service.requests_per_minute, service.concurrent, rule=ready.rule, what=f"requests to {service.name}"
         )
 
-    async def call(self, operation: Operation, ask: Callable[[], Asked], origin: Origin) -> Answer:
-        """``ask`` reads what is asked; it may raise Problem."""
+    async def call(
+        self, operation: Operation, ask: Callable[[], Asked], origin: Origin, *, aside: bool = False
+    ) -> Answer:
+        """``ask`` reads what is asked, ``aside`` in a thread; it may raise Problem."""
         subject = Subject(self.ready.service.name, operation.id, operation.method)
         origin = self._setting.steps.cause_of(origin, subject)
         account = _Account(operation.rule, self._setting.next_call())
+
+        async def asking() -> Asked:
+            return await asyncio.to_thread(ask) if aside else ask()
+
         try:
-            answer = await self._call(operation, subject, ask, origin, account)
+            answer = await self._call(operation, subject, asking, origin, account)
             account.status = answer.status
             return answer
         except asyncio.CancelledError:
@@ -128,10 +134,15 @@ class Calls:
             self._setting.account(self._used(operation, origin, account))
 
     async def _call(
-        self, operation: Operation, subject: Subject, ask: Callable[[], Asked], origin: Origin, account: _Account
+        self,
+        operation: Operation,
+        subject: Subject,
+        ask: Callable[[], Awaitable[Asked]],
+        origin: Origin,
+        account: _Account,
     ) -> Answer:
         try:
-            out = await outgoing(operation, ask())
+            out = await outgoing(operation, await ask())
         except Problem as wrong:
             # What is wrong is told with the client's own words, which are kept only where contents are.
             account.reason = "The request is not as its operation wants it."

@@ -20,7 +20,7 @@ from corral.version import VERSION
 MAX_BODY = 1 << 20
 """Bytes of a request."""
 _LIBRARIES = {Dialect.DUCKDB: "duckdb", Dialect.MYSQL: "pymysql", Dialect.POSTGRESQL: "psycopg"}
-_DEPTH = 8
+_DEPTH, _VALUES = 8, 2000
 
 
 def prepare(policy: Policy, environment: Mapping[str, str]) -> Opening:
@@ -91,7 +91,7 @@ class DataBroker:
         await _fail(answer, 404, "not_found", "There is GET /, GET /openapi.json, POST /v1/query, and MCP at /mcp.")
 
     async def _query(self, request: Request, answer: Answering) -> None:
-        asked = _parsed(request.body)
+        asked = await _parsed(request.body)
         if isinstance(asked, str):
             await _fail(answer, 400, "invalid_request", asked)
             return
@@ -114,12 +114,12 @@ class DataBroker:
             await desk.close()
 
 
-def _parsed(body: bytes) -> Mapping[str, Any] | str:
+async def _parsed(body: bytes) -> Mapping[str, Any] | str:
     """What is asked, or what is wrong with it."""
-    from corral.brokers.strict_json import NotJson, parse
+    from corral.brokers.strict_json import NotJson, parse_aside
 
     try:
-        value = parse(body, depth=_DEPTH)
+        value = await parse_aside(body, depth=_DEPTH, values=_VALUES)
     except NotJson as error:
         return f"The body is no JSON that is taken here: {error}."
     if not isinstance(value, dict) or not value.keys() <= {"source", "sql", "parameters"}:
