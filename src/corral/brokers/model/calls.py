@@ -133,7 +133,7 @@ class Call:
         asked, means = self._asked, self._means
         taken, given = 0, 0
         if not self._route.is_count:
-            limit = DEFAULT_OUTPUT if asked.max_output is None else asked.max_output
+            limit = asked.max_output or DEFAULT_OUTPUT  # 0 is no bound to some servers
             taken, given = self._talk.tokens, limit * asked.choices
             self._account.most = given
             self._check_countable()
