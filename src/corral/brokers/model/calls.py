@@ -185,12 +185,7 @@ class Call:
         if outcome.blocked:
             self._account.rule = outcome.rule
             raise Refusal(Problem.BLOCKED, outcome.reason, Ending.REFUSED)
-        new = [found for found in outcome.findings if not found.known]
-        self._found = "; ".join(
-            f"the scanner {found.finding.scanner} found in the result of {found.result.name or 'a tool'} "
-            f"({found.result.source or found.result.id}): {found.finding.what}"
-            for found in new[:MAX_FOUND]
-        )
+        self._found = "; ".join(outcome.told[:MAX_FOUND])
 
     def _place(self) -> None:
         """Where it belongs; what its conversation has begun before is over."""
