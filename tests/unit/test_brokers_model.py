@@ -222,6 +222,14 @@ async def test_what_budgets_have_no_room_for_is_not_sent(up: ScriptedUpstream) -
     assert made.told.used[1].rule == "model.session.requests" and len(up.seen) == 1
 
 
+@pytest.mark.parametrize("limit", [{}, {"max_tokens": 0}, {"max_tokens": 1, "max_completion_tokens": 4096}])
+async def test_an_answer_without_a_bound_is_reserved_for(up: ScriptedUpstream, limit: Any) -> None:
+    async with world(model(upstream(up), session=Budget(tokens=4000))) as made:
+        assert (await made.post(CHAT, asks(**limit))).status == 403
+        assert (await made.post(CHAT, asks(max_tokens=10))).status == 200
+    assert len(up.seen) == 1
+
+
 async def test_what_may_be_asked_later_says_when(up: ScriptedUpstream) -> None:
     async with world(model(upstream(up), session=Budget(requests_per_minute=1))) as made:
         assert (await made.post(CHAT, asks())).status == 200

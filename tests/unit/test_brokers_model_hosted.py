@@ -87,6 +87,9 @@ REMOTE = {
     "no scheme": chat(messages=[says(picture({"url": "//collector.example/x"}))]),
     "other type": chat(messages=[says(picture({"url": {"x": 1}}))]),
     "video": chat(messages=[says({"type": "video_url", "video_url": {"url": WEB}})]),
+    "file as data": chat(messages=[says({"type": "file", "file": {"filename": "x", "file_data": WEB}})]),
+    "sound as data": chat(messages=[says({"type": "input_audio", "input_audio": {"data": WEB, "format": "mp3"}})]),
+    "frames": chat(messages=[says({"type": "video", "video": [INLINE, "file:///etc/passwd"]})]),
     "file by id": chat(messages=[says({"type": "file", "file": {"file_id": "file-1"}})]),
     "responses picture": responses(says({"type": "input_image", "image_url": WEB})),
     "responses file": responses(says({"type": "input_file", "file_url": WEB})),
@@ -135,6 +138,10 @@ PLAIN = {
     ),
     "what it was shown": messages({"type": "text", "text": "x", "citations": [{"type": "char_location", "url": WEB}]}),
     "a call": responses({"type": "computer_call", "call_id": "c", "action": {"type": "open", "file_url": WEB}}),
+    "an address in a text": messages(
+        {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": f"{WEB} says"}}
+    ),
+    "sound": chat(messages=[says({"type": "input_audio", "input_audio": {"data": "//uQxAAA", "format": "mp3"}})]),
     "base64": messages(source(type="base64", media_type="image/png", data="iVBORw0KGgo=")),
 }
 

@@ -133,7 +133,7 @@ class Call:
         asked, means = self._asked, self._means
         taken, given = 0, 0
         if not self._route.is_count:
-            limit = DEFAULT_OUTPUT if asked.max_output is None else asked.max_output
+            limit = asked.max_output or DEFAULT_OUTPUT  # 0 is no bound to some servers
             taken, given = self._talk.tokens, limit * asked.choices
             self._account.most = given
             self._check_countable()
@@ -185,12 +185,7 @@ class Call:
         if outcome.blocked:
             self._account.rule = outcome.rule
             raise Refusal(Problem.BLOCKED, outcome.reason, Ending.REFUSED)
-        new = [found for found in outcome.findings if not found.known]
-        self._found = "; ".join(
-            f"the scanner {found.finding.scanner} found in the result of {found.result.name or 'a tool'} "
-            f"({found.result.source or found.result.id}): {found.finding.what}"
-            for found in new[:MAX_FOUND]
-        )
+        self._found = "; ".join(outcome.told[:MAX_FOUND])
 
     def _place(self) -> None:
         """Where it belongs; what its conversation has begun before is over."""

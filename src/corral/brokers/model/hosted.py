@@ -45,9 +45,12 @@ _SWITCHES = {
 _STORED = frozenset(("prompt", "thread"))
 """Fields of a request by which an upstream takes instructions, tools or turns that it has, and nobody sees here."""
 _ADDRESSES = frozenset(("audio_url", "file_url", "image_url", "video_url"))
+_MEDIA = frozenset(("audio", "data", "file_data", "image", "input_audio", "video"))
+"""Where content itself is, and some servers take an address as well."""
 _IDS = frozenset(("file_id", "file_ids", "vector_store_ids"))
-_NAMES = _ADDRESSES | _IDS | {"definition", "source", "tool", "tools", "type", "url"}
+_NAMES = _ADDRESSES | _MEDIA | _IDS | {"definition", "source", "tool", "tools", "type", "url"}
 """What is read of content."""
+_URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://")
 _GIVEN = {"tool_use": ("input",), "server_tool_use": ("input",), "mcp_tool_use": ("input",)}
 _GIVEN_CALLS = ("action", "actions", "operation", "arguments", "input")
 """Where a turn has what a model has said to a tool, which nobody takes for content."""
@@ -142,7 +145,8 @@ class _Found:
             if name in given:
                 continue
             is_named = plain in _IDS and value not in (None, "", [])
-            if is_named or (plain in _ADDRESSES and _is_elsewhere(value)):
+            is_url = plain in _MEDIA and kind != "text" and _is_url(value)
+            if is_named or is_url or (plain in _ADDRESSES and _is_elsewhere(value)):
                 self.content[plain] = None
             elif plain == "source" and type(value) is dict and "url" in value:
                 self.content["source.url"] = None
@@ -159,6 +163,12 @@ def _is_elsewhere(value: Any) -> bool:
     """Whether an address, alone or in an object, leads out of the request."""
     address = value.get("url") if type(value) is dict else value
     return address not in (None, "") and not (type(address) is str and address.startswith("data:"))
+
+
+def _is_url(value: Any) -> bool:
+    """Whether it, or one of several, is the address of something."""
+    given = value if type(value) is list else [value]
+    return any(type(each) is str and _URL.match(each) is not None for each in given)
 
 
 def _plain(name: str, known: Iterable[str]) -> str:
