@@ -27,7 +27,7 @@ from tests.contain.command_line import CommandLine, adopting_orphans
 from tests.contain.conftest import MakeBox, wait_until
 from tests.contain.gateway_boxes import PYTHON, decisions, policy_of, python, refusals, shell
 from tests.contain.logs import events, verified
-from tests.models.script import Endless, Script, Silent, Slow, Turn, Usage, says
+from tests.models.script import Endless, Form, Malformed, Script, Silent, Slow, Turn, Usage, says
 from tests.models.server import ModelServer
 
 SECRET = "sk-the-real-key-91c2d4"
@@ -37,6 +37,7 @@ SCRIPTS = (
     Script("silent", (Turn(usage=USAGE, trouble=Silent()),), when="SILENT"),
     Script("slow", (says("slowly " * 20, usage=USAGE, trouble=Slow(between=0.05)),), when="SLOWLY"),
     Script("smuggled", (says("smuggled"),), when="SMUGGLED"),
+    *(Script("m", (Turn(trouble=Malformed(form)),), when=f"MALFORMED {form.name}.") for form in Form),
     Script("plain", (says("the plain answer", usage=USAGE),)),
 )
 
@@ -131,11 +132,15 @@ async def until(condition: Callable[[], bool]) -> None:
     assert await asyncio.to_thread(wait_until, condition, 30)
 
 
-def connections(box: Sandbox) -> int:
-    """How many the broker has."""
+def all_connections(box: Sandbox) -> list[http.Connection]:
+    """Those that the broker has."""
     brokers = box.core.supervision.brokers
     assert brokers is not None
-    return sum(len(door.connections) for door in brokers.doors.values())
+    return [connection for door in brokers.doors.values() for connection in tuple(door.connections)]
+
+
+def connections(box: Sandbox) -> int:
+    return len(all_connections(box))
 
 
 # ---- what can be reached ----
@@ -553,6 +558,51 @@ async def test_many_streams_at_once_are_each_their_own(box: Sandbox, log: Log, s
     assert len(calls) == 40 and {call.ending for call in calls} == {Ending.ANSWERED}
     assert {(call.input_tokens, call.output_tokens, call.estimated) for call in calls} == {(50, 10, False)}
     assert len({call.conversation for call in calls}) == 40
+
+
+def resident() -> int:
+    """Bytes that this process, which is the controller, has in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+async def test_endless_answers_that_nobody_reads_wait_outside(box: Sandbox, log: Log, server: ModelServer) -> None:
+    await python(box, ASK + "ask('x').read()")
+    before = resident()
+    code = ASK + "all_ = [ask('ENDLESS', True) for _ in range(20)]; print(len(all_), flush=True); sys.stdin.read()"
+    process = await box.start_process([PYTHON, "-c", code])
+    async with asyncio.timeout(100):
+        assert await process.stdout.readline() == b"20\n"
+    moved = [-1, 0]
+    while moved[0] != moved[1]:  # until all that can be in between is full
+        moved = [moved[1], sum(each.sent for each in all_connections(box))]
+        await asyncio.sleep(0.5)
+    assert resident() - before < 20 * (5 << 20)  # what is said, as far as it is looked at, and what is in between
+    assert "the plain answer" in (await python(box, ASK + "print(ask('x').read())")).text
+    process.kill()
+    await process.wait()
+    await until(lambda: connections(box) == 0 and len(server.broken) == 20)
+    calls = await used(box, log)
+    assert [call.ending for call in calls].count(Ending.ABANDONED) == 20 == len(calls) - 2
+
+
+@pytest.mark.parametrize("form", Form)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_that_is_none_is_told_of(
+    box: Sandbox, log: Log, server: ModelServer, form: Form, stream: bool
+) -> None:
+    code = ASK + (
+        f"answer = ask('MALFORMED {form.name}.', {stream})\n"
+        "try: print(answer.status, answer.read())\n"
+        "except (OSError, http.client.HTTPException) as error: print('broken', error)"
+    )
+    told = (await python(box, code, timeout=60)).text
+    (call,) = await used(box, log)
+    assert told.startswith(("502", "broken", "200 b'")), told
+    if told.startswith("200"):  # what comes whole is passed on, as whoever asks would have got it
+        assert form in (Form.NOT_JSON, Form.NOT_AN_OBJECT, Form.WRONG_TYPE)
+    else:
+        assert call.ending is Ending.FAILED and call.reason
+    assert call.estimated and call.input_tokens and not call.tools and not call.opened
 
 
 def test_a_controller_that_is_killed_leaves_nothing(tmp_path: Path, workspace: Path, server: ModelServer) -> None:

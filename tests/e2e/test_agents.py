@@ -204,7 +204,8 @@ async def test_two_sub_agents_at_once_are_told_apart(tmp_path: Path) -> None:
         assert done.exit_code == 0 and "All is done." in done.text, done
     assert not run.server.violations
     (mother,) = {used.conversation for used in of_script(run, main)}
-    expected, conversations = {}, {mother}
+    expected: dict[str, set[tuple[int, str, bool]]] = {}
+    conversations = {mother}
     for script, program in ((left, "fold"), (right, "nl")):
         calls = of_script(run, script)
         assert len(calls) == 3 and {used.parent for used in calls} == {mother}

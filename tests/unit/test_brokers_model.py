@@ -675,15 +675,20 @@ async def test_what_is_no_answer_is_not_passed_on(up: ScriptedUpstream, raw: byt
     assert [each.target for each in up.seen] == ["/v1/chat/completions"]
 
 
-async def test_chunks_that_are_none_break_the_answer(up: ScriptedUpstream) -> None:
+@pytest.mark.parametrize("pieces", [0, 1])
+async def test_chunks_that_are_none_break_the_answer(up: ScriptedUpstream, pieces: int) -> None:
+    """At once: nobody waits for more of it."""
+
     async def mangles(exchange: Exchange) -> None:
-        await exchange.stream(SAID[:1], end=False, pause=0.1)
+        await exchange.stream(SAID[:pieces], end=False, pause=0.1)
+        await asyncio.sleep(0.1)
         await exchange.raw(b"zz\r\nnonsense\r\n")
         await asyncio.sleep(0.05)
         exchange.writer.close()
 
     answer, account, _ = await failing(up, mangles)
     assert not answer.is_whole and account.ending is Ending.FAILED
+    assert "broke off" in account.reason
 
 
 async def test_a_stream_that_ends_before_the_answer_does_is_told_in_the_record(up: ScriptedUpstream) -> None:

@@ -81,6 +81,14 @@ class HttpReply:
             if (lower := name.lower()) not in hops and _NAME.fullmatch(name) and _VALUE.fullmatch(value)
         )
         self.length = None if response.headers.get("Transfer-Encoding") else response.content_length
+        protocol = None if response.connection is None else response.connection.protocol
+        self._lost = None if protocol is None else protocol.closed
+        if self._lost is not None:
+            self._lost.remove_done_callback(_seen)  # of the answer before on this connection
+            self._lost.add_done_callback(_seen)
+            self._lost.add_done_callback(self._end)
+        elif protocol is not None:
+            self._end()
         self._check(response)
 
     def _check(self, response: aiohttp.ClientResponse) -> None:
@@ -103,8 +111,21 @@ class HttpReply:
         except (aiohttp.ClientError, OSError, ValueError):
             raise Failed("it broke off its answer", was_sent=True) from None
 
+    def _end(self, _lost: asyncio.Future[None] | None = None) -> None:
+        """The connection is gone. Where chunks were none, aiohttp's parser in C (3.14) has told the body nothing."""
+        if not self._content.is_eof() and self._content.exception() is None:
+            self._content.set_exception(ConnectionResetError("its connection is gone"))
+
     def close(self) -> None:
+        if self._lost is not None:
+            self._lost.remove_done_callback(self._end)
         self._response.close()  # a connection whose answer was read to its end is no longer its own
+
+
+def _seen(lost: asyncio.Future[None]) -> None:
+    """Why a connection is gone is known elsewhere; asyncio would complain that nobody has looked."""
+    if not lost.cancelled():
+        lost.exception()
 
 
 class Client:
