@@ -23,12 +23,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corral.actions import Ending, Kind, Origin, Used
-from corral.brokers.bounds import SOON
-from corral.brokers.budgets import Admission, Budgets, OverBudget, Rate
-from corral.brokers.ledger import UNSEEN, Ledger
-from corral.brokers.meter import Meter, Store
-from corral.brokers.prices import BILLION, Prices, billionths
-from corral.brokers.store import FILE, open_database
+from corral.brokers.metering.bounds import SOON
+from corral.brokers.metering.budgets import Admission, Budgets, OverBudget, Rate
+from corral.brokers.metering.ledger import UNSEEN, Ledger
+from corral.brokers.metering.meter import Meter, Store
+from corral.brokers.metering.prices import BILLION, Prices, billionths
+from corral.brokers.metering.store import FILE, open_database
 from corral.policy.model import Agent, Budget, Model, Price
 
 ORIGIN = Origin("box-1", "session-1", 3)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from corral.brokers import guard as guard_module
-from corral.brokers.guard import Guard, source_of
-from corral.brokers.scanners import Finding, ScanError, ToolResult
+from corral.brokers.guard import guard as guard_module
+from corral.brokers.guard.guard import Guard, source_of
+from corral.brokers.guard.scanners import Finding, ScanError, ToolResult
 from corral.errors import RequestError
 from corral.policy import model
 from corral.policy.model import Treatment

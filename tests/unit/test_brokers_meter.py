@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from corral.actions import Ending, Kind, Origin, Used
-from corral.brokers import meter as meter_module
-from corral.brokers.meter import BURST, Meter, Store
-from corral.brokers.store import FILE, LARGEST, MeterFault
-from corral.brokers.usage import By, Sums, Usage, Wanted, add_up, read_usage
+from corral.brokers.metering import meter as meter_module
+from corral.brokers.metering.meter import BURST, Meter, Store
+from corral.brokers.metering.store import FILE, LARGEST, MeterFault
+from corral.brokers.metering.usage import By, Sums, Usage, Wanted, add_up, read_usage
 from corral.cli.app import app
 from corral.cli.usage import groups_of, usage_directory
 from corral.errors import RequestError

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corral.brokers import scanners
-from corral.brokers.features import ABOUT_ATTACKS, FEATURES, RAW
-from corral.brokers.instructions import MAX_TEXT, Instructions
-from corral.brokers.scanners import Finding, ScanError, Scanner, ToolResult, load_scanners
-from corral.brokers.signs import Feature
+from corral.brokers.guard import scanners
+from corral.brokers.guard.features import ABOUT_ATTACKS, FEATURES, RAW
+from corral.brokers.guard.instructions import MAX_TEXT, Instructions
+from corral.brokers.guard.scanners import Finding, ScanError, Scanner, ToolResult, load_scanners
+from corral.brokers.guard.signs import Feature
 from corral.errors import RequestError
 
 DATA = Path(__file__).parent / "data" / "tool_results"

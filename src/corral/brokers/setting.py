@@ -8,8 +8,8 @@ from itertools import count
 from typing import Protocol
 
 from corral.actions import Action, Decision, Kind, Opinion, Origin, Subject, Used
-from corral.brokers.budgets import AgentLedger
 from corral.brokers.http import Answering, Request
+from corral.brokers.metering.budgets import AgentLedger
 from corral.monitor.core import Monitor
 from corral.monitor.records import Keeper, Tally, unwritable
 from corral.monitor.steps import Steps

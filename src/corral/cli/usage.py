@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from corral.actions import Used
-from corral.brokers.meter import row_of
-from corral.brokers.prices import BILLION
-from corral.brokers.usage import By, Group, Sums, Usage, Wanted, add_up, group_of, read_usage
+from corral.brokers.metering.meter import row_of
+from corral.brokers.metering.prices import BILLION
+from corral.brokers.metering.usage import By, Group, Sums, Usage, Wanted, add_up, group_of, read_usage
 from corral.cli.foreground import complain, printable
 from corral.errors import RequestError
 from corral.log.query import parse_time
@@ -41,7 +41,7 @@ _SUMS = (
 
 def usage_directory() -> Path:
     """Where this user's meter is."""
-    return Path(state_directory()) / "usage"  # as corral.brokers.metering has it, which takes longer to load
+    return Path(state_directory()) / "usage"  # as corral.brokers.metering.session has it, which takes longer to load
 
 
 def show_usage(

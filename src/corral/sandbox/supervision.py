@@ -124,7 +124,7 @@ class Supervision:
         supervisor.attach(self._supervised)
 
     def _broker_setting(self) -> BrokerSetting:
-        from corral.brokers.metering import metered
+        from corral.brokers.metering.session import metered
         from corral.brokers.setting import Setting
         from corral.sandbox.paths import state_directory
 

@@ -22,7 +22,7 @@ from corral.brokers.api.reading import Declared
 from corral.brokers.api.tools import Described
 from corral.brokers.api.upstream import Client, Failed, Reply
 from corral.brokers.api.values import Asked, Operation, Outgoing, Problem
-from corral.brokers.budgets import OverBudget, Rate
+from corral.brokers.metering.budgets import OverBudget, Rate
 from corral.brokers.setting import Setting
 from corral.credentials.secret import Secret
 from corral.policy.model import Service

@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from corral.actions import Action, Content, Decision, Ending, Kind, Opinion, Origin, Query, Used, Verdict
-from corral.brokers.bounds import OverBudget
-from corral.brokers.budgets import Rate, Slot
 from corral.brokers.data.faults import Fault, QueryRefused, SourceFault, TooMuch
 from corral.brokers.data.plans import NeedsKeys, Plans
 from corral.brokers.data.pool import Pool
@@ -24,6 +22,8 @@ from corral.brokers.data.scope import Scope
 from corral.brokers.data.sessions import Change, Changed, Rows, Session
 from corral.brokers.data.template import Value, check_parameters
 from corral.brokers.data.writing import Write
+from corral.brokers.metering.bounds import OverBudget
+from corral.brokers.metering.budgets import Rate, Slot
 from corral.brokers.setting import Setting
 from corral.policy.document import escaped
 from corral.policy.model import Dialect, Source

@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 
 from corral.actions import Ending, Kind, Origin, ToolCall, Used
+from corral.brokers.metering.prices import Prices
 from corral.brokers.model.asking import Asked
 from corral.brokers.model.turns import tokens_of
-from corral.brokers.prices import Prices
 from corral.modelapi.answer import Answer
 
 

@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from ssl import SSLContext
 from urllib.parse import unquote
 
-from corral.brokers.budgets import Budgets
-from corral.brokers.guard import Guard
+from corral.brokers.guard.guard import Guard
+from corral.brokers.guard.scanners import Scanner, load_scanners
 from corral.brokers.http import Answering, Request
+from corral.brokers.metering.budgets import Budgets
+from corral.brokers.metering.prices import Prices
 from corral.brokers.model.asking import Unclear
 from corral.brokers.model.calls import Call, Means
 from corral.brokers.model.capture import Capture
@@ -21,8 +23,6 @@ from corral.brokers.model.sending import Ready, ready
 from corral.brokers.model.shapes import Problem, fields, shaped
 from corral.brokers.model.upstream import Client
 from corral.brokers.outward import tls_context
-from corral.brokers.prices import Prices
-from corral.brokers.scanners import Scanner, load_scanners
 from corral.brokers.setting import Opening, Setting
 from corral.policy.model import ModelApi, Policy
 

@@ -14,10 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from corral.actions import Content, Decision, Ending, Kind, ModelCall, ToolCall, Used
-from corral.brokers.bounds import OverBudget
-from corral.brokers.budgets import Admission, Budgets
-from corral.brokers.guard import Guard
+from corral.brokers.guard.guard import Guard
 from corral.brokers.http import Answering, Gone, Request
+from corral.brokers.metering.bounds import OverBudget
+from corral.brokers.metering.budgets import Admission, Budgets
+from corral.brokers.metering.prices import Prices
 from corral.brokers.model.accounts import CallAccount
 from corral.brokers.model.capture import Capture, Recording
 from corral.brokers.model.conversations import Conversation, Conversations
@@ -27,7 +28,6 @@ from corral.brokers.model.routes import Route
 from corral.brokers.model.sending import Errand, Ready, Sending
 from corral.brokers.model.shapes import Problem, fields, shaped
 from corral.brokers.model.upstream import Client, Failed, Impatience, Reply
-from corral.brokers.prices import Prices
 from corral.brokers.setting import Setting
 from corral.credentials.secret import Secret
 from corral.modelapi.answer import Api

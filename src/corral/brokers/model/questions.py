@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from corral.actions import Opinion, Verdict
+from corral.brokers.guard.scanners import ToolResult
 from corral.brokers.model.asking import Asked, read
 from corral.brokers.model.capture import request_digest
 from corral.brokers.model.hosted import Hosted, hosted_of
 from corral.brokers.model.results import results_of
 from corral.brokers.model.routes import Route
 from corral.brokers.model.turns import Talk, talk_of
-from corral.brokers.scanners import ToolResult
 from corral.modelapi.values import values_in
 from corral.policy.matching import text_glob
 from corral.policy.model import Model

@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from corral.brokers.guard import source_of
+from corral.brokers.guard.guard import source_of
+from corral.brokers.guard.scanners import ToolResult
 from corral.brokers.model.asking import Asked
 from corral.brokers.model.turns import results_in, texts_in, turns_of
-from corral.brokers.scanners import ToolResult
 from corral.modelapi.answer import as_object, list_in, text_in
 
 

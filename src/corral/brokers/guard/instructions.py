@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from urllib.parse import unquote
 
-from corral.brokers.features import ABOUT_ATTACKS, CONCEALED, FEATURES, RAW
-from corral.brokers.overrides import OVERRIDE
-from corral.brokers.scanners import Finding, ScanError, ToolResult
-from corral.brokers.signs import Feature
+from corral.brokers.guard.features import ABOUT_ATTACKS, CONCEALED, FEATURES, RAW
+from corral.brokers.guard.overrides import OVERRIDE
+from corral.brokers.guard.scanners import Finding, ScanError, ToolResult
+from corral.brokers.guard.signs import Feature
 
 NAME = "instructions"
 ENOUGH = 1.0

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import re
 
-from corral.brokers.overrides import OVERRIDE
-from corral.brokers.signs import Feature, make
+from corral.brokers.guard.overrides import OVERRIDE
+from corral.brokers.guard.signs import Feature, make
 
 _READER = (
     r"(?:ais?|llms?|(?:large )?language models?|(?:ai|coding|code|virtual) (?:assistant|agent|model|tool|reviewer)s?|"

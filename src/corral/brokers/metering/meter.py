@@ -33,9 +33,9 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from corral.actions import Ending, Kind, Used
-from corral.brokers.budgets import is_bounded
-from corral.brokers.ledger import Ledger, spend
-from corral.brokers.store import (
+from corral.brokers.metering.budgets import is_bounded
+from corral.brokers.metering.ledger import Ledger, spend
+from corral.brokers.metering.store import (
     CALLS,
     DAYS,
     FILE,
@@ -203,8 +203,8 @@ class Meter:
         self._is_bounded = is_bounded(model.agent)
 
     def ledger(self) -> Ledger | None:
-        """What all sessions of the agent have used, for :class:`corral.brokers.budgets.Budgets`; None where the policy
-        does not bound that."""
+        """What all sessions of the agent have used, for :class:`~corral.brokers.metering.budgets.Budgets`; None where
+        the policy does not bound that."""
         return Ledger(self._store.engine, self._agent.name, self._model) if self._is_bounded else None
 
     def used(self, used: Used) -> None:

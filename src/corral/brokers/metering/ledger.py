@@ -24,9 +24,9 @@ from sqlalchemy.dialects.sqlite import insert as upsert
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
-from corral.brokers.bounds import MINUTE, SOON, OverBudget, Scope, Standing, check
-from corral.brokers.budgets import LedgerFault
-from corral.brokers.store import RESERVATIONS, SPENT, number, text
+from corral.brokers.metering.bounds import MINUTE, SOON, OverBudget, Scope, Standing, check
+from corral.brokers.metering.budgets import LedgerFault
+from corral.brokers.metering.store import RESERVATIONS, SPENT, number, text
 from corral.policy.model import Model, Patience
 
 UNSEEN = 7200.0

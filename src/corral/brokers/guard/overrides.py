@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from corral.brokers.signs import Feature, gap, make
+from corral.brokers.guard.signs import Feature, gap, make
 
 _OLD = (
     r"(?:previous|prior|earlier|above|preceding|existing|original|initial|former|past|foregoing|system|other|current)"

@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import Protocol
 
 from corral.actions import Used
-from corral.brokers.bounds import SOON, OverBudget, Scope, Standing, Window, check, duration
+from corral.brokers.metering.bounds import SOON, OverBudget, Scope, Standing, Window, check, duration
 from corral.errors import CorralError
 from corral.policy.model import Budget, Model
 
@@ -103,8 +103,8 @@ class Budgets:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``ledger`` is that of the agent, as :meth:`corral.brokers.meter.Meter.ledger` gives it. Without one, a policy
-        that bounds the agent refuses every request."""
+        """``ledger`` is that of the agent, as :meth:`corral.brokers.metering.meter.Meter.ledger` gives it. Without one,
+        a policy that bounds the agent refuses every request."""
         self._budget = model.session
         self._scope = Scope("model.session", "This session", model.currency)
         self._clock = clock

@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from corral.brokers.scanners import Finding, ScanError, Scanner, ToolResult, load_scanners
+from corral.brokers.guard.scanners import Finding, ScanError, Scanner, ToolResult, load_scanners
 from corral.policy import model
 
 THREADS = 4

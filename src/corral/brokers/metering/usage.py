@@ -13,7 +13,7 @@ from sqlalchemy import Integer, Select, String, cast, func, literal, select
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
-from corral.brokers.store import CALLS, DAYS, FILE, LOSSES, SUMS, MeterFault, fault, open_database
+from corral.brokers.metering.store import CALLS, DAYS, FILE, LOSSES, SUMS, MeterFault, fault, open_database
 
 _DAY = 86400
 

@@ -65,7 +65,7 @@ def load_scanners(names: Iterable[str]) -> tuple[tuple[str, Scanner], ...]:
 
 def _load(name: str) -> Scanner:
     if name == OWN:  # what is installed does not take its place
-        from corral.brokers.instructions import Instructions
+        from corral.brokers.guard.instructions import Instructions
 
         return Instructions()
     found = tuple(entry_points(group=GROUP, name=name))

@@ -7,7 +7,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-from corral.brokers.meter import Meter, Store
+from corral.brokers.metering.meter import Meter, Store
 from corral.brokers.setting import Setting
 
 _lock = threading.Lock()

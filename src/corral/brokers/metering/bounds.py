@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from corral.brokers.prices import BILLION, billionths
+from corral.brokers.metering.prices import BILLION, billionths
 from corral.errors import CorralError
 from corral.policy.model import Budget
 

@@ -1,0 +1,1 @@
+"""What may be used of models, data and services, and what was. See docs/brokers.md, "Budgets and the meter"."""
