@@ -20,6 +20,7 @@ from cryptography.x509.oid import NameOID
 
 from corral.actions import Content, Ending
 from corral.brokers.model import asking, calls, listing, questions, relaying
+from corral.brokers.model import broker as broker_module
 from corral.brokers.model.asking import Asked
 from corral.brokers.model.broker import prepare
 from corral.brokers.model.sending import wanted_wait
@@ -611,6 +612,35 @@ async def test_a_body_that_is_shorter_than_it_said_does_not_look_whole(up: Scrip
 
     answer, account, _ = await failing(up, short)
     assert not answer.is_whole and account.ending is Ending.FAILED
+
+
+@pytest.mark.parametrize("streams", [True, False])
+async def test_what_is_held_of_all_answers_is_bounded(
+    up: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, streams: bool
+) -> None:
+    monkeypatch.setattr(broker_module, "MAX_HELD", 10_000)
+    long = json.dumps({"choices": [], "padding": "x" * 20_000}).encode()
+    events = [delta(content="x" * 1000) for _ in range(20)]
+
+    async def much(exchange: Exchange) -> None:
+        if streams:
+            await exchange.stream([*events, STOP, USAGE, DONE])
+        else:
+            await exchange.answer(long)
+
+    up.scripts[:] = [much]
+    async with world(model(upstream(up))) as made:
+        for _ in range(3):  # what one has held is there for the next
+            answer = await made.post(CHAT, asks(stream=streams))
+            account = await used(made)
+            kept = made.told.kept[-1]
+            if streams:
+                assert answer.is_whole and answer.body.endswith(DONE), "a stream needs no room"
+                assert account.ending is Ending.ANSWERED
+                assert kept[0] is Content.RESPONSE and 1000 < len(kept[1]) <= 10_000 and not kept[2]
+            else:
+                assert not answer.is_whole and account.ending is Ending.FAILED and "too large" in account.reason
+            made.told.used.clear()
 
 
 async def test_an_upstream_that_does_not_begin(up: ScriptedUpstream) -> None:

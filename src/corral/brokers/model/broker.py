@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 from corral.brokers.guard.guard import Guard
 from corral.brokers.guard.scanners import Scanner, load_scanners
-from corral.brokers.http import Answering, Request
+from corral.brokers.http import Answering, Request, Room
 from corral.brokers.metering.budgets import Budgets
 from corral.brokers.metering.prices import Prices
 from corral.brokers.model.asking import Unclear
@@ -27,6 +27,8 @@ from corral.brokers.setting import Opening, Setting
 from corral.policy.model import ModelApi, Policy
 
 MAX_BODY = 32 << 20
+MAX_HELD = 256 << 20
+"""Bytes of answers that one sandbox may have held while they are read."""
 
 
 def prepare(policy: Policy, environment: Mapping[str, str], capture: Capture | None = None) -> Opening:
@@ -72,6 +74,7 @@ class ModelBroker:
             self._guard,
             Conversations(),
             capture,
+            Room(MAX_HELD),
             self._threads,
         )
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from corral.actions import Content, Decision, Ending, Kind, ModelCall, ToolCall, Used
 from corral.brokers.guard.guard import Guard
-from corral.brokers.http import Answering, Gone, Request
+from corral.brokers.http import Answering, Gone, Request, Room
 from corral.brokers.metering.bounds import OverBudget
 from corral.brokers.metering.budgets import Admission, Budgets
 from corral.brokers.metering.prices import Prices
@@ -52,6 +52,8 @@ class Means:
     guard: Guard
     conversations: Conversations
     capture: Capture | None
+    room: Room
+    """For what is held of answers while they are read."""
     threads: ThreadPoolExecutor | None
     """Where budgets block."""
 
@@ -270,7 +272,9 @@ class Call:
         patience = means.setting.policy.model.patience
         keep = self._keeps(Content.RESPONSE) if threshold is not None else 0
         recording = self._recording(means.capture)
-        self._relaying = Relaying(reply, secret, threshold, watch, patience.idle, keep=keep, recording=recording)
+        self._relaying = Relaying(
+            reply, secret, threshold, watch, patience.idle, room=means.room, keep=keep, recording=recording
+        )
         try:
             await self._relaying.run(answer)
         except OSError as error:  # Gone and Failed are none

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from corral.actions import ToolCall
-from corral.brokers.http import Answering
+from corral.brokers.http import Answering, Room
 from corral.brokers.model.capture import Recording
 from corral.brokers.model.skimming import Skimmer
 from corral.brokers.model.upstream import Failed, Impatience, Reply
@@ -38,6 +38,11 @@ class Threshold:
     def skipped(self) -> int:
         """Events that only said more of a text, and are not in the answer."""
         return self._skimmer.events
+
+    @property
+    def is_collecting(self) -> bool:
+        """Whether what comes next stays here until more has come."""
+        return not self._is_stream or bool(self._held)
 
     def take(self, data: bytes) -> bytes:
         """What may go on now."""
@@ -83,14 +88,18 @@ class Relaying:
         watch: Impatience,
         idle: float,
         *,
+        room: Room,
         keep: int = 0,
         recording: Recording | None = None,
     ) -> None:
-        """``threshold`` is None where the answer is not a model's. ``keep`` is how many bytes of it are kept."""
+        """``threshold`` is None where the answer is not a model's. ``keep`` is how many bytes of it are kept. ``room``
+        is for all answers of the sandbox that are read now: with none left, no more of this one is kept, and one that
+        cannot be passed on before all of it is there breaks off."""
         self._reply, self._secret, self._threshold = reply, secret, threshold
         self._watch, self._idle, self._keep, self._recording = watch, idle, keep, recording
         self._kept: list[bytes] = []
         self._kept_size = 0
+        self._room, self._taken = room, 0
         self.beginning = b""
         """The first bytes."""
         self.received = 0
@@ -145,6 +154,8 @@ class Relaying:
             raise
         finally:
             self._record(is_whole=False)
+            self._room.give(self._taken)
+            self._taken = 0
         await answer.finish()
 
     def _record(self, *, is_whole: bool) -> None:
@@ -160,14 +171,26 @@ class Relaying:
             self.beginning = data[:8192]
         if self._kept_size < self._keep:
             piece = data[: self._keep - self._kept_size]
-            self._kept.append(piece)
-            self._kept_size += len(piece)
+            if self._takes(len(piece)):
+                self._kept.append(piece)
+                self._kept_size += len(piece)
+            else:
+                self._keep = 0
         if self._recording is not None:
             self._recording.piece(data)
         if self._threshold is not None:
+            if self._threshold.is_collecting and not self._takes(len(data)):
+                raise Failed("the answers of this sandbox that are read at one time are too large", was_sent=True)
             data = self._threshold.take(data)
         if data:
             await answer.send(data)
+
+    def _takes(self, count: int) -> bool:
+        """Whether there is room for so much more."""
+        if not self._room.take(count):
+            return False
+        self._taken += count
+        return True
 
     def _end(self, *, is_abandoned: bool = False) -> bytes:
         """What was still held back."""
