@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 from corral.actions import ToolCall
-from corral.brokers.model import conversations
+from corral.brokers.model import conversations, turns
 from corral.brokers.model.asking import read
 from corral.brokers.model.conversations import Conversation, Conversations
 from corral.brokers.model.results import results_of
@@ -202,3 +204,26 @@ def test_an_estimate_counts_attachments_by_the_piece() -> None:
 def test_nothing_said_is_a_conversation_too() -> None:
     for api in Api:
         assert ask(Conversations(), talk(api=api)).id
+
+
+def test_who_has_begun_it_is_looked_for_among_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts and arguments are the agent's, and all of one are compared with all of the other."""
+    many = [{"type": "text", "text": f"a prompt with number {at}"} for at in range(1000)]
+    assert len(talk({"role": "user", "content": many}).prompts) == turns.MAX_PROMPTS
+    results = [gave(f"call {at}") for at in range(1000)]
+    assert len(talk(TASK, *results).answered) == turns.MAX_ANSWERED
+
+    known = Conversations()
+    texts = {str(at): f"a prompt with number {at}" for at in range(1000)}
+    found = ask(known, talk(TASK), call("a", **texts))
+    assert len(found.said) == conversations.MAX_TEXTS
+
+    monkeypatch.setattr(conversations, "MAX_PARENTS", 2)
+    parents = [
+        ask(known, talk({"role": "user", "content": f"Task {at}"}), call(f"c{at}", prompt=f"Look into part {at}."))
+        for at in range(4)
+    ]
+    ask(known, talk({"role": "user", "content": "asks for nothing"}))
+    for at, parent in enumerate(parents):
+        sub = known.find(talk({"role": "user", "content": f"Look into part {at}."}))
+        assert sub.parent == (parent.id if at >= 2 else "")

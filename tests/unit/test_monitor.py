@@ -22,6 +22,7 @@ from corral.actions import (
     Endpoint,
     KernelCall,
     Kind,
+    ModelCall,
     Opinion,
     Origin,
     Process,
@@ -573,6 +574,20 @@ def test_only_equal_refusals_of_one_process_are_counted_together() -> None:
     counted = [kept for kept in recorder.kept.all() if kept.count > 1]
     assert [kept.count for kept in counted] == [3] * len(kinds)
     assert [kept.action for kept in counted] == kinds
+
+
+def test_a_brokers_refusals_by_other_rules_are_not_counted_among_a_flood() -> None:
+    """Else a server of tools behind an allowed model would be one more picture that may not be fetched."""
+    recorder = Recorder()
+    what = Action(Kind.MODEL_CALL, ModelCall("m"), action(1, process(1)).origin)
+    flood = decision(what=what)
+    for _ in range(BURST + 3):
+        recorder.aggregator.write(flood)
+    recorder.aggregator.write(replace(flood, rule="another"))
+    recorder.aggregator.write(flood)
+    assert [kept.rule for kept in recorder.kept.all()] == ["rule"] * BURST + ["another"]
+    recorder.aggregator.flush(everything=True)
+    assert recorder.counts()[-1] == 4 and sum(recorder.counts()) == BURST + 5
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ BURST = 16
 PERIOD = 1.0
 """Seconds after which a count is written, and a process may burst again."""
 MAX_COUNTERS = 4096
+_OF_BROKERS = frozenset((Kind.MODEL_CALL, Kind.DATA_QUERY, Kind.API_CALL))
+"""What brokers decide on has more to it than its action says: equal are refusals by the same rule."""
 MAX_TEXTS = 32 << 20
 """Bytes of arguments and paths that are kept: those of one program may be 256 KiB."""
 
@@ -171,11 +173,12 @@ class Aggregator:
         self._lock = threading.Lock()
 
     @staticmethod
-    def _key(action: Action) -> Hashable:
+    def _key(action: Action, rule: str = "") -> Hashable:
         origin = action.origin
         process = origin.process
         who = process and (process.pid, process.started)
-        return (action.kind, action.subject, who, origin.step, origin.tool, origin.unexplained)
+        by = rule if action.kind in _OF_BROKERS else ""
+        return (action.kind, action.subject, who, origin.step, origin.tool, origin.unexplained, by)
 
     def write(self, decision: Decision) -> None:
         if decision.verdict is not Verdict.DENY or decision.held:
@@ -183,7 +186,7 @@ class Aggregator:
             return
         with self._lock:
             now = self._clock()
-            key = self._key(decision.action)
+            key = self._key(decision.action, decision.rule)
             counter = self._counters.get(key)
             if counter is None:
                 self._texts += weigh(decision)
