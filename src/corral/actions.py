@@ -43,6 +43,8 @@ class Content(Enum):
     """What it answered: the body, as it came."""
     QUERY = "query"
     """A query of data, as it was asked, or the arguments of an operation of a service."""
+    FILE = "file"
+    """A file that was changed and that the policy names, as it was when the sandbox ended."""
 
 
 class Reversible(Enum):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from corral.log.verify import verify_log
 from corral.log.writer import Log, LogUnwritable
 from corral.monitor.records import Keeper, Tally
 from corral.policy.load import parse_policy
-from corral.sandbox import contents, core
+from corral.sandbox import asowner, contents, core, selected, trees
 from corral.sandbox.box import Sandbox
 from corral.sandbox.recording import Recorder
 from tests.contain.command_line import CommandLine, adopting_orphans
@@ -408,6 +409,231 @@ async def test_a_patch_that_is_too_long_is_cut(make_box: MakeBox, log: Log) -> N
     await ended(box, log)
     (kept,) = events(log.directory, PayloadKept)
     assert (kept.size, kept.is_whole) == (10 << 10, False)
+
+
+# ---- files that were changed ----
+
+
+def of_files(*globs: str, more: str = "") -> str:
+    return json.dumps({"log": {"keep": {"file": "30d"}, "files": list(globs)}})[:-2] + f"{more}}}}}"
+
+
+def kept_files(place: Path) -> list[tuple[str, bytes]]:
+    """Path and content of each, in the order of the records."""
+    store = open_payloads(place)
+    found = events(place, PayloadKept)
+    assert {event.content for event in found} <= {Content.FILE}
+    return [(event.about, store.read(event.digest)) for event in found]
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_files_that_were_changed_are_kept_whole(cli: CommandLine, tmp_path: Path, workspace: Path, drop: bool) -> None:
+    """In any part of the layer, also one that vanishes; and nothing that is as it was, is gone, or is not named."""
+    for name in ("same.txt", "gone.txt", "touched.txt", "rewritten.txt", "run.txt", "over.txt"):
+        (workspace / name).write_text(f"{name} of before\n")
+        (workspace / name).chmod(0o666)
+    workspace.chmod(0o777)
+    place, policy = tmp_path / "records" / "log", tmp_path / "keep.yaml"
+    policy.write_text(of_files(f"{workspace}/**/*.txt", "/tmp/kept/*", "/home/agent/.profile"))
+    script = """set -e
+        mkdir -p sub/deep /tmp/kept
+        printf 'new\\0\\377' >sub/deep/new.txt
+        echo more >>over.txt; rm gone.txt; touch touched.txt; cp rewritten.txt x; cat x >rewritten.txt
+        echo unmatched >new.bin; echo temporary >/tmp/kept/a; echo unmatched >/tmp/b
+        echo alias >~/.profile; chmod 777 run.txt; : >empty.txt; rm -f x
+    """
+    options = ("--log", str(place), "--policy", str(policy), *(["--discard"] if drop else []), "--")
+    done = cli.run(*options, "sh", "-c", script)
+    assert done.returncode == 0, done
+    assert kept_files(place) == sorted(
+        [
+            (f"{workspace}/sub/deep/new.txt", b"new\0\xff"),
+            (f"{workspace}/over.txt", b"over.txt of before\nmore\n"),
+            (f"{workspace}/run.txt", b"run.txt of before\n"),
+            (f"{workspace}/empty.txt", b""),
+            ("/tmp/kept/a", b"temporary\n"),
+            ("/home/agent/.profile", b"alias\n"),
+        ]
+    )
+    assert all(event.is_whole and event.origin.session for event in events(place, PayloadKept))
+    assert is_whole(place)
+    assert cli.run(*options, "true").returncode == 0
+    assert len(events(place, PayloadKept)) == 6  # of the second session nothing
+    (row, *_) = json.loads(cli("log", "content", "--log", str(place), "--json").stdout)
+    assert row["content"] == "file"
+    session = events(place, PayloadKept)[0].origin.session
+    shown = cli("replay", session, "--log", str(place)).stdout.decode()
+    assert f"bytes are kept of the file {workspace}/sub/deep/new.txt" in shown
+    page = tmp_path / "page.html"
+    assert cli("replay", session, "--log", str(place), "--html", str(page)).returncode == 0
+    assert "file /home/agent/.profile" in page.read_text()
+    assert b"/home/agent/.profile" in cli("log", "export", "--log", str(place)).stdout
+
+
+async def test_nothing_but_regular_files_is_kept_and_no_link_is_followed(
+    make_box: MakeBox, log: Log, workspace: Path, tmp_path: Path
+) -> None:
+    """What lies behind a link may be the host's."""
+    secret = tmp_path / "secret"
+    secret.write_text("of the host\n")
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "key").write_text("of the host\n")
+    policy = parse_policy(of_files(f"{workspace}/**"), source="x")
+    box = await make_box(policy=policy, log=log)
+    script = f"""
+        mkdir made; ln -s {secret} link; ln -s {tmp_path}/secrets directory; ln -s /etc/passwd made/link
+        mkfifo fifo made/fifo; mknod device c 1 3 2>/dev/null; mknod hole c 0 0 2>/dev/null
+        rm -f device hole  # where they could be made they are of another walls' test
+        echo first >made/one; ln made/one made/two; echo elf >made/special; chmod 6755 made/special
+        python3 -c 'import socket; socket.socket(socket.AF_UNIX).bind("sock")'; :
+    """
+    assert (await box.exec(["sh", "-c", script])).exit_code == 0
+    await ended(box, log)
+    assert kept_files(log.directory) == [
+        (f"{workspace}/made/one", b"first\n"),
+        (f"{workspace}/made/special", b"elf\n"),
+        (f"{workspace}/made/two", b"first\n"),
+    ]
+    assert is_whole(log.directory)
+
+
+async def test_files_that_were_locked_away_are_kept(make_box: MakeBox, log: Log, workspace: Path) -> None:
+    """An ordinary user may not open them, nor list what is around them, without being their owner inside."""
+    box = await make_box(policy=parse_policy(of_files(f"{workspace}/**"), source="x"), log=log)
+    script = """set -e
+        mkdir -p b/inner; echo closed >a; echo hidden >b/inner/file; echo open >c; ln -s c d
+        chmod 0 a b/inner b
+    """
+    assert (await box.exec(["sh", "-c", script])).exit_code == 0
+    await ended(box, log)
+    assert kept_files(log.directory) == [
+        (f"{workspace}/a", b"closed\n"),
+        (f"{workspace}/b/inner/file", b"hidden\n"),
+        (f"{workspace}/c", b"open\n"),
+    ]
+
+
+async def test_a_file_that_is_too_long_is_cut(make_box: MakeBox, log: Log, workspace: Path) -> None:
+    """Also one that is nothing but a hole."""
+    policy = parse_policy(of_files(f"{workspace}/*", more=', "keep_bytes": "10KiB"'), source="x")
+    box = await make_box(policy=policy, log=log)
+    script = "set -e; truncate -s 1900M sparse; head -c 10240 /dev/zero | tr '\\0' x >exact"
+    assert (await box.exec(["sh", "-c", f"{script}; (cat exact; echo) >longer"])).exit_code == 0
+    await ended(box, log)
+    found = [(event.about, event.size, event.is_whole) for event in events(log.directory, PayloadKept)]
+    assert found == [
+        (f"{workspace}/exact", 10240, True),
+        (f"{workspace}/longer", 10240, False),
+        (f"{workspace}/sparse", 10240, False),
+    ]
+    assert dict(kept_files(log.directory))[f"{workspace}/sparse"] == bytes(10240)
+
+
+async def test_more_files_than_are_kept_are_counted(
+    make_box: MakeBox, log: Log, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same ones each time. And memory holds no more of them at once than waits for the disk."""
+    monkeypatch.setattr(selected, "MAX_FILES", 5)
+    monkeypatch.setattr(selected, "MAX_BYTES", 30)
+    monkeypatch.setattr(contents, "MAX_WAITING", 1)
+    for _ in range(2):
+        box = await make_box(policy=parse_policy(of_files(f"{workspace}/new*"), source="x"), log=log)
+        script = "for n in 9 8 7 6 5 4 3 2 1; do echo $n >new$n; done; echo too much, as it is over the bound >new0"
+        assert (await box.exec(["sh", "-c", script])).exit_code == 0
+        await box.close()
+    await asyncio.to_thread(log.seal)
+    expected = [(f"{workspace}/new{number}", b"%d\n" % number) for number in range(1, 6)]
+    assert kept_files(log.directory) == expected * 2
+    lost = events(log.directory, PayloadLost)
+    assert [(event.content, event.count) for event in lost] == [(Content.FILE, 5)] * 2
+    assert "files are kept" in lost[0].why
+
+
+async def test_a_file_that_is_called_anything_is_kept_and_harmless(
+    make_box: MakeBox, log: Log, workspace: Path, cli: CommandLine
+) -> None:
+    box = await make_box(policy=parse_policy(of_files(f"{workspace}/**"), source="x"), log=log)
+    names = [b"new\nline", b"\x1b[2Jescape", b"bad\xff", "\u202etxt.exe".encode()]
+    make = "import sys, os\nfor n in sys.argv[1:]: open(os.fsencode(n), 'wb').write(b'\\x1b[2J' + os.fsencode(n))"
+    assert (await box.exec(["python3", "-c", make, *map(os.fsdecode, names)])).exit_code == 0
+    await ended(box, log)
+    place = log.directory
+    found = dict(kept_files(place))
+    assert sorted(found.values()) == sorted(b"\x1b[2J" + name for name in names)
+    assert set(found) == {f"{workspace}/{name.decode(errors='replace')}" for name in names}
+    assert is_whole(place)
+    session = events(place, PayloadKept)[0].origin.session
+    for words in (("replay", session, "--details"), ("log", "show"), ("log", "export")):
+        out = cli(*words, "--log", str(place)).stdout
+        assert b"bad" in out and b"\x1b" not in out
+        assert b"\xe2\x80\xae" not in out or words[-1] == "export"  # which is for programs
+    (digest,) = [event.digest for event in events(place, PayloadKept) if "new" in event.about]
+    assert cli("log", "content", digest, "--log", str(place)).stdout == b"\x1b[2Jnew\nline"
+
+
+async def test_a_file_that_cannot_be_read_ends_the_run_as_other_contents_do(
+    make_box: MakeBox, log: Log, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the others are kept all the same."""
+    opened = trees.open_components
+
+    def broken(root: int, components: Sequence[str], flags: int) -> int:
+        if components[-1] == "b":
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(root, components, flags)
+
+    monkeypatch.setattr(selected, "open_components", broken)
+    box = await make_box(policy=parse_policy(of_files(f"{workspace}/*"), source="x"), log=log)
+    assert (await box.exec(["sh", "-c", "echo 1 >a; echo 2 >b; echo 3 >c"])).exit_code == 0
+    with pytest.raises(PayloadError, match=r"/b.*cannot be read: Input/output error"):
+        await box.close()
+    await asyncio.to_thread(log.seal)
+    assert kept_files(log.directory) == [(f"{workspace}/a", b"1\n"), (f"{workspace}/c", b"3\n")]
+    (lost,) = events(log.directory, PayloadLost)
+    assert (lost.content, lost.count) == (Content.FILE, 1)
+
+
+@pytest.mark.user
+async def test_locked_files_without_a_helper_are_lost_and_that_is_said(
+    make_box: MakeBox, log: Log, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object, **__: object) -> asowner.Helper:
+        raise CorralError("none can be made")
+
+    monkeypatch.setattr(asowner, "begin", none)
+    box = await make_box(policy=parse_policy(of_files(f"{workspace}/*"), source="x"), log=log)
+    assert (await box.exec(["sh", "-c", "echo 1 >a; echo 2 >b; echo 3 >c; chmod 0 b"])).exit_code == 0
+    with pytest.raises(PayloadError, match="none can be made"):
+        await box.close()
+    await asyncio.to_thread(log.seal)
+    assert kept_files(log.directory) == [(f"{workspace}/a", b"1\n")]
+    assert [event.count for event in events(log.directory, PayloadLost)] == [1, 1]
+
+
+def test_no_file_is_kept_where_only_globs_or_only_a_time_are_given(
+    cli: CommandLine, tmp_path: Path, workspace: Path
+) -> None:
+    place, policy = tmp_path / "records" / "log", tmp_path / "keep.yaml"
+    for text in ("{keep: {file: 30d}}", f"{{keep: {{diff: 1d}}, files: ['{workspace}/none']}}"):
+        policy.write_text(f"log: {text}\n")
+        options = ("--log", str(place), "--policy", str(policy), "--")
+        assert cli.run(*options, "sh", "-c", "echo x >new").returncode == 0
+    assert [event.content for event in events(place, PayloadKept)] == [Content.DIFF]
+
+
+def test_secrets_of_the_caller_are_in_no_file_that_is_kept(cli: CommandLine, tmp_path: Path, workspace: Path) -> None:
+    """Neither what the caller's environment holds, nor what the policy sets and no program has written down."""
+    place, policy = tmp_path / "records" / "log", tmp_path / "keep.yaml"
+    canary = "canary-5f1c0de"
+    policy.write_text(of_files("/**")[:-1] + f', "environment": {{"set": {{"TOKEN": "{canary}-set"}}}}}}')
+    options = ("--log", str(place), "--policy", str(policy), "--discard", "--")
+    done = cli.run(*options, "sh", "-c", "echo x >new; echo y >/tmp/new; env >~/seen", env={"SECRET": f"{canary}-own"})
+    assert done.returncode == 0, done
+    found = dict(kept_files(place))
+    assert set(found) == {f"{workspace}/new", "/tmp/new", "/home/agent/seen"}
+    assert f"{canary}-set".encode() in found.pop("/home/agent/seen")  # which a program has written down
+    assert f"{canary}-own".encode() not in b"".join(path.read_bytes() for path in place.rglob("*") if path.is_file())
+    assert canary.encode() not in b"".join(found.values())
 
 
 SPEAK = """

@@ -298,6 +298,7 @@ DOCUMENTS: st.SearchStrategy[Document] = _section(
         asynchronous=st.lists(st.sampled_from([each.value for each in Kind]), max_size=3),
         keep=st.dictionaries(st.sampled_from([each.value for each in Content]), st.just("30d") | st.integers(1, 999)),
         keep_bytes=st.integers(1024, 1 << 26),
+        files=st.lists(PATH_GLOBS, max_size=3),
     ),
     apply=_section(
         ask=st.lists(PATH_GLOBS | LABELS, max_size=3),

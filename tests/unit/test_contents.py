@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from corral.log.events import Event, PayloadKept, PayloadLost
 from corral.log.gaps import Gaps
 from corral.log.holdings import Holdings
 from corral.log.ocsf import Context
-from corral.log.payloads import Payload, Payloads
+from corral.log.payloads import Payload, Payloads, Shared
 from corral.log.places import open_log, open_payloads
 from corral.log.reader import Reader
 from corral.log.records import decode
@@ -25,6 +26,7 @@ from corral.monitor.records import Keeper, Tally
 from corral.policy.model import Log as LogPolicy
 from corral.sandbox import contents as module
 from corral.sandbox.contents import Contents
+from corral.sandbox.selected import Selected, TakenFile
 from tests.unit.recorded import used
 
 DAY = 86400.0
@@ -156,3 +158,31 @@ def test_what_cannot_be_kept_ends_the_sandbox(kept: Kept, monkeypatch: pytest.Mo
     monkeypatch.undo()
     assert ended == ["what its policy wants kept cannot be kept (RuntimeError)"]
     kept.contents._failure = ""
+
+
+def test_files_do_not_wait_for_the_disk_all_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_WAITING", 2_000)
+    keep, most = Payloads.keep, 0
+    kept = Kept(tmp_path / "log", LogPolicy(keep=((Content.FILE, DAY),), files=("/**",), keep_bytes=1_000))
+
+    def slow(self: Payloads, content: Content, data: bytes, *, expires: int, shared: Shared | None = None) -> Payload:
+        nonlocal most
+        if not most:
+            while not kept.contents.is_behind:
+                time.sleep(0.001)
+            time.sleep(0.1)  # whoever does not wait reads more of them meanwhile
+        most = max(most, kept.contents._waiting)
+        return keep(self, content, data, expires=expires, shared=shared)
+
+    def files(globs: Sequence[str], size: int) -> Selected:
+        assert (globs, size) == (("/**",), 1_000)
+        return Selected((TakenFile(f"/work/{n:02}", bytes(1_000), n % 2 == 0) for n in range(20)), 3)
+
+    monkeypatch.setattr(Payloads, "keep", slow)
+    kept.contents.close(files=files)
+    assert most == 3_000
+    events = kept.end()
+    found = [event for event in events if isinstance(event, PayloadKept)]
+    assert [(event.about, event.is_whole) for event in found] == [(f"/work/{n:02}", n % 2 == 0) for n in range(20)]
+    (lost,) = [event for event in events if isinstance(event, PayloadLost)]
+    assert (lost.content, lost.count) == (Content.FILE, 3)

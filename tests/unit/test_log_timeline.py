@@ -77,6 +77,8 @@ def told() -> Iterator[tuple[Event, ItemKind, str]]:
     yield KeyRotated("a", "b"), ItemKind.LIFECYCLE, "another key signs for the log"
     kept = PayloadKept(Origin("s", "s", 3, 1), Content.TERMINAL, "ab", 12, False, "ls\x1b", 1, False)
     yield kept, ItemKind.LIFECYCLE, "12 bytes are kept of the terminal of ls\\x1b, which was longer"
+    kept = replace(kept, content=Content.FILE, about="/work/a\n\x1b[2J", is_whole=True)
+    yield kept, ItemKind.LIFECYCLE, "12 bytes are kept of the file /work/a\\n\\x1b[2J"
     lost = PayloadLost(Content.REFUSED_FLOW, 3, "too many")
     yield lost, ItemKind.LIFECYCLE, "3 x refused flow was not kept: too many"
     yield PayloadErased("ab", "ann", "asked to"), ItemKind.LIFECYCLE, "content was erased by ann: asked to"

@@ -64,6 +64,7 @@ def test_the_form_holds_every_value_with_its_default() -> None:
         ("filesystem: {deny: [/a, ./b]}", "filesystem: {deny: [/cfg/b, /x/../a]}"),
         ("environment: {allow: [B, A, B]}", "environment: {allow: [A, B]}"),
         ("environment: {set: {A: x, B: y}}", "environment: {set: {B: y, A: x}}"),
+        ("log: {files: [/a, './b/*']}", "log: {files: ['/cfg/b/*', /x/../a, /a]}"),
         ("data: {deny: [{source: w, tables: [a, b]}]}", "data: {deny: [{tables: [b, a, b], source: w}]}"),
         ("data: {deny: [{source: w, statements: [SELECT]}]}", "data: {deny: [{source: w, statements: [select]}]}"),
     ],
@@ -93,6 +94,7 @@ def test_notation_makes_no_difference(one: str, other: str) -> None:
             "network: {allow: [{name: a.example, credential: {type: git, from: 'env:A'}}]}",
             "network: {allow: [{name: a.example, credential: {type: git, from: 'env:B'}}]}",
         ),
+        ("log: {files: [/a]}", "log: {files: [/a, /b]}"),
         ("agent: {version: '1'}", "agent: {version: '1.0'}"),
     ],
 )

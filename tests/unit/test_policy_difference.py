@@ -9,7 +9,7 @@ import pytest
 from corral.policy.canonical import canonical_form
 from corral.policy.difference import MAX_CHANGES, differences
 from corral.policy.load import parse_policy
-from corral.policy.model import Approvals, Environment, Policy, Resources, Syscalls
+from corral.policy.model import Approvals, Environment, Log, Policy, Resources, Syscalls
 
 
 def said(old: Policy, new: Policy) -> tuple[str, ...]:
@@ -27,9 +27,11 @@ def test_each_value_is_named() -> None:
         syscalls=Syscalls(ask=("getpriority", "nice")),
         resources=Resources(processes=20),
         approvals=Approvals(timeout=5),
+        log=Log(files=("/a/*",)),
     )
     assert said(old, new) == (
         "approvals.timeout: 300 -> 5",
+        'log.files: added "/a/*"',
         "resources.processes: 10 -> 20",
         'syscalls.ask: removed "mount"',
         'syscalls.ask: added "nice"',

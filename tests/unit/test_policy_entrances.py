@@ -306,6 +306,14 @@ PRICED = ", session: {money: 5}, prices: [{model: 'gpt-4*', input: 1, output: 1}
             "api: {allow: [s], services: [{name: s, document: ./d, url: https://a.example}]}",
             ["api.services[0]: s has no operations, so nothing of it can be used"],
         ),
+        # contents
+        ("log: {keep: {file: 30d, diff: 1d}, files: [/etc/**]}", []),
+        ("log: {keep: {diff: 1d}}", []),
+        (
+            "log: {keep: {diff: 1d}, files: [/etc/**]}",
+            ["log.files: files are named, but `log.keep` does not say how long a `file` is kept: none is"],
+        ),
+        ("log: {keep: {file: 30d}}", ["log.keep: a `file` is to be kept, but `log.files` names none"]),
         # past the broker
         (
             MODELS % ("gpt-*", "") + "\nnetwork: {ask: ['*.example:443']}",

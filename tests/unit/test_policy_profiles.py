@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corral.actions import Verdict
+from corral.actions import Content, Verdict
 from corral.errors import PolicyError
 from corral.policy.load import MAX_ANCESTORS, load_policy, parse_policy
 from corral.policy.model import ExecRule, Filesystem, NetworkRule, Policy
@@ -119,6 +119,7 @@ def test_from_another_file(tmp_path: Path) -> None:
         "process: {allow: [git], deny: [ssh]}\n"
         "syscalls: {deny: [sync]}\n"
         "detection: {rules: [rules.yaml]}\n"
+        "log: {keep: {file: 30d}, files: [./a/*, ./b]}\n"
         "allow_degraded: [landlock]\n"
     )
     mine.write_text(
@@ -127,6 +128,7 @@ def test_from_another_file(tmp_path: Path) -> None:
         "network: {allow: [d.example], ask: [e.example], deny: [f.example, c.example]}\n"
         "process: {deny: []}\n"
         "detection: {rules: [more.yaml]}\n"
+        "log: {files: [./c]}\n"
     )
     policy, here = load_policy(mine), str(tmp_path)
     assert policy.filesystem == Filesystem(
@@ -144,6 +146,8 @@ def test_from_another_file(tmp_path: Path) -> None:
     assert policy.process.deny == (ExecRule("/**/ssh"),)
     assert policy.syscalls.deny == ("sync",)
     assert policy.detection.rules == (f"{here}/team/rules.yaml", f"{here}/more.yaml")
+    # What is kept is no denial: who says it says all of it.
+    assert (policy.log.keep, policy.log.files) == (((Content.FILE, 30 * 86400),), (f"{here}/c",))
     assert policy.resources == PROFILES["rl-rollout"].resources
     assert policy.allow_degraded == frozenset()
 

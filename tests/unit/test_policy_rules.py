@@ -444,8 +444,8 @@ def test_refused_programs(written: str, field: str, reason: str) -> None:
     ],
 )
 def test_path_globs(written: str, glob: str) -> None:
-    policy = parse(f"filesystem: {{ask: [{written}], watch: [{written}]}}")
-    assert policy.filesystem.ask == policy.filesystem.watch == (glob,)
+    policy = parse(f"filesystem: {{ask: [{written}], watch: [{written}]}}\nlog: {{files: [{written}]}}")
+    assert policy.filesystem.ask == policy.filesystem.watch == policy.log.files == (glob,)
 
 
 def test_what_is_odd_in_the_directory_of_the_file_stays_itself_in_a_glob() -> None:
@@ -475,6 +475,9 @@ def test_what_is_odd_in_the_directory_of_the_file_stays_itself_in_a_glob() -> No
 def test_refused_path_globs(written: str, reason: str) -> None:
     (problem,) = problems(f"filesystem:\n  watch: [{written}]\n")
     assert problem.startswith("p.yaml:2: filesystem.watch[0]: ")
+    assert reason in problem
+    (problem,) = problems(f"log:\n  files: [{written}]\n")
+    assert problem.startswith("p.yaml:2: log.files[0]: ")
     assert reason in problem
 
 

@@ -8,7 +8,20 @@ import shlex
 import signal
 from collections.abc import Iterator
 
-from corral.actions import Access, Decision, File, Flow, KernelCall, Kind, Origin, Process, Program, Used, Verdict
+from corral.actions import (
+    Access,
+    Content,
+    Decision,
+    File,
+    Flow,
+    KernelCall,
+    Kind,
+    Origin,
+    Process,
+    Program,
+    Used,
+    Verdict,
+)
 from corral.actions import Ending as CallEnding
 from corral.approvals.queue import Ending, Scope
 from corral.log.events import (
@@ -132,7 +145,8 @@ def _told(event: Event) -> tuple[ItemKind, str, _Details]:
         case KeyRotated():
             return ItemKind.LIFECYCLE, "another key signs for the log", iter([("old", event.old), ("new", event.new)])
         case PayloadKept():
-            about = f"{event.content.value.replace('_', ' ')} of {event.about}"
+            word = "" if event.content is Content.FILE else " of"
+            about = f"{event.content.value.replace('_', ' ')}{word} {event.about}"
             line = f"{event.size} bytes are kept of the {about}{'' if event.is_whole else ', which was longer'}"
             return ItemKind.LIFECYCLE, line, iter([("content", event.digest)])
         case PayloadLost():

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from ipaddress import ip_address
 
-from corral.actions import Endpoint, Kind, Transport, Verdict
+from corral.actions import Content, Endpoint, Kind, Transport, Verdict
 from corral.policy.matching import escape_glob, text_glob
-from corral.policy.model import Api, ApiRule, Data, DataRule, Filesystem, Model, ModelRule, Policy
+from corral.policy.model import Api, ApiRule, Data, DataRule, Filesystem, Log, Model, ModelRule, Policy
 from corral.policy.part import PolicyPart
 from corral.policy.places import host_and_port
 from corral.policy.secret_sources import secret_sources
@@ -23,7 +23,8 @@ MAX_ENDS = 50
 
 def loose_ends(policy: Policy) -> tuple[str, ...]:
     """One line each, in the order of the sections."""
-    found = [*_of_models(policy.model), *_of_data(policy.data), *_of_services(policy.api), *_past_brokers(policy)]
+    found = [*_of_models(policy.model), *_of_data(policy.data), *_of_services(policy.api), *_of_log(policy.log)]
+    found += _past_brokers(policy)
     more = len(found) - MAX_ENDS
     return (*found[: MAX_ENDS - 1], f"and {more + 1} more like these") if more > 0 else tuple(found)
 
@@ -134,3 +135,11 @@ def _of_services(api: Api) -> Iterator[str]:
             yield f"api.services[{index}]: {service.name} has no operations, so nothing of it can be used"
         elif service.name not in named:
             yield f"api.services[{index}]: no rule of api.allow or api.ask lets {service.name} be used"
+
+
+def _of_log(log: Log) -> Iterator[str]:
+    keeps = Content.FILE in dict(log.keep)
+    if log.files and not keeps:
+        yield "log.files: files are named, but `log.keep` does not say how long a `file` is kept: none is"
+    elif keeps and not log.files:
+        yield "log.keep: a `file` is to be kept, but `log.files` names none"

@@ -562,6 +562,8 @@ class Log:
     """Content that is kept beside the log, and for how many seconds."""
     keep_bytes: int = 8 * MIB
     """Of one such content; the rest is cut off."""
+    files: tuple[str, ...] = ()
+    """Globs of absolute paths inside: which of the files that a session has changed are content to keep."""
 
 
 @dataclass(frozen=True, slots=True)

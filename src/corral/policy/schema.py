@@ -228,10 +228,12 @@ class LogSection(Strict):
     asynchronous: Kinds = _DEFAULT.log.asynchronous
     """Actions that go on before their record is durable; all others wait for it."""
     keep: KeptContent = {}
-    """What is kept beside the log, and for how long: what commands write, changes, refused connections, what is asked
-    of brokers and what models answer."""
+    """What is kept beside the log, and for how long: what commands write, changes, files that were changed, refused
+    connections, what is asked of brokers and what models answer."""
     keep_bytes: KeptSize = _DEFAULT.log.keep_bytes
     """How much of one such content is kept."""
+    files: PathGlobs = ()
+    """Globs of files: what is in one of them that was changed is kept when the session ends (`keep: {file: ...}`)."""
 
 
 class ApplySection(Strict):

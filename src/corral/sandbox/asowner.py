@@ -119,12 +119,13 @@ def _map(program: str, pid: int, lines: Sequence[IdLine]) -> None:
 
 
 def _operations() -> dict[str, Callable[[dict[str, Any]], Any]]:
-    from corral.sandbox import account, between, changes, copying, patch, restore
+    from corral.sandbox import account, between, changes, copying, patch, restore, selected
 
     return {
         "between": between.serve,
         "changes": changes.serve,
         "copy": copying.serve,
+        "files": selected.serve,
         "measure": account.serve,
         "patch": patch.serve,
         "receive": restore.receive,

@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from weakref import WeakSet
 
@@ -25,6 +25,7 @@ from corral.log.repeated import Repeated
 from corral.log.sink import SessionLog
 from corral.monitor.records import unwritable
 from corral.policy.model import Log
+from corral.sandbox.selected import MAX_BYTES, MAX_FILES, Selected
 
 MAX_REFUSED = 256
 """Refused connections of one session whose first bytes are kept."""
@@ -37,7 +38,11 @@ MAX_ABOUT = 200
 _OF_CALLS = (Content.PROMPT, Content.RESPONSE, Content.QUERY)
 _WHY = {
     Content.REFUSED_FLOW: f"more than {MAX_REFUSED} connections of this session were refused, or many at once",
+    Content.FILE: f"of one session {MAX_FILES} files are kept, {MAX_BYTES >> 20} MiB in all, at paths that can be told",
 }
+
+
+TakeFiles = Callable[[Sequence[str], int], Selected]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,18 +150,21 @@ class Contents:
             self._calls += _weight(piece)
             self._pieces.put(piece)
 
-    def close(self, patch: Callable[[], bytes] | None = None) -> None:
+    def close(self, patch: Callable[[], bytes] | None = None, files: TakeFiles | None = None) -> None:
         """Returns when all is kept, and that it is, or that it was lost, is recorded for good. May be called again, and
         by several at once: each returns when it is so.
 
         What is still written is the end of nothing: such a tape is kept as one that is not whole. ``patch`` gives what
-        was changed in the workspace. Raises PayloadError where something could not be kept."""
+        was changed in the workspace, ``files`` the changed files that some globs name, with a bound for each. Raises
+        PayloadError where something could not be kept."""
         with self._closing:
             with self._lock:
                 was_closed, self._closed = self._closed, True
             if not was_closed:
                 if patch is not None and Content.DIFF in self._keep:
                     self._take(patch)
+                if files is not None and Content.FILE in self._keep and self._policy.files:
+                    self._take_files(files)
                 for tape in tuple(self._tapes):
                     tape.close(is_whole=False)
                 self._pieces.put(None)
@@ -174,6 +182,22 @@ class Contents:
             kept = data[: self._policy.keep_bytes]
             with self._lock:
                 self._put(_Piece(self._origin, Content.DIFF, kept, len(kept) == len(data), "workspace"))
+
+    def _take_files(self, files: TakeFiles) -> None:
+        try:
+            found = files(self._policy.files, self._policy.keep_bytes)
+            for each in found.files:
+                if each.failure:
+                    self._fail(Content.FILE, CorralError(each.failure))
+                    continue
+                self.catch_up()  # so that not all of them are in memory at once
+                with self._lock:
+                    self._put(_Piece(self._origin, Content.FILE, each.data, each.is_whole, each.path))
+        except Exception as error:
+            self._fail(Content.FILE, error)
+            return
+        with self._lock:
+            self._lost[Content.FILE] += found.beyond
 
     # ---- its own thread ----
 

@@ -22,6 +22,7 @@ from corral.sandbox.core import Core, Exit
 from corral.sandbox.layer import KeptLayer, live_patch
 from corral.sandbox.peers import Peer
 from corral.sandbox.prepare import Prepared
+from corral.sandbox.selected import selected_files
 from corral.version import VERSION
 
 _MICRO = 1_000_000
@@ -116,8 +117,11 @@ class Recorder:
             self.contents.catch_up()
 
     def close(self, layer: int) -> None:
-        if self.contents is not None:
-            self.contents.close(partial(live_patch, self._prepared, layer) if layer >= 0 else None)
+        if self.contents is not None and layer < 0:
+            self.contents.close()
+        elif self.contents is not None:
+            patch, files = partial(live_patch, self._prepared, layer), partial(selected_files, self._prepared, layer)
+            self.contents.close(patch, files)
 
     def ended(self, reason: str) -> None:
         self.session.record(SessionEnded(reason))

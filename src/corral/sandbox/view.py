@@ -124,6 +124,8 @@ class View:
     scaffold: frozenset[str]
     """Directories and files inside that Corral itself made to mount on; they are nobody's change."""
     writable: tuple[str, ...]
+    passing: tuple[Changeable, ...] = ()
+    """What can be written too, and is no change worth keeping: it vanishes with the sandbox."""
     devices: tuple[str, ...] = ("/dev", "/proc")
 
 
@@ -157,6 +159,7 @@ class _Builder:
         self.plan = plan
         self.request = request
         self.parts: list[Changeable] = []
+        self.passing: list[Changeable] = []
         self.scaffold: set[str] = set()
         self.made: set[str] = {"/"}
         self.writable: list[str] = []
@@ -207,8 +210,7 @@ class _Builder:
         self.directories(path)
         self.plan.bind(name, path, origin=Origin.LAYER)
         self.writable.append(path)
-        if kept:
-            self.parts.append(Changeable(name, path, ()))
+        (self.parts if kept else self.passing).append(Changeable(name, path, ()))
 
     def show(self, path: str) -> None:
         """A host tree or file, read-only, at its own place.
@@ -475,7 +477,7 @@ def build_view(plan: Plan, request: Request) -> View:
     if request.root is None:
         plan.seal_root()
     plan.pivot()
-    return View(tuple(builder.parts), frozenset(builder.scaffold), tuple(builder.writable))
+    return View(tuple(builder.parts), frozenset(builder.scaffold), tuple(builder.writable), tuple(builder.passing))
 
 
 def is_touched(view: View, layer_fd: int) -> bool:
