@@ -610,11 +610,22 @@ async def test_locked_files_without_a_helper_are_lost_and_that_is_said(
     assert [event.count for event in events(log.directory, PayloadLost)] == [1, 1]
 
 
+def test_what_an_earlier_run_has_changed_is_not_kept_again(cli: CommandLine, tmp_path: Path, workspace: Path) -> None:
+    assert cli.run("--", "sh", "-c", "echo 1 >first; echo 1 >both; echo 1 >~/home").returncode == 0
+    (layer,) = json.loads(cli("layers", "--json").stdout)["layers"]
+    place, policy = tmp_path / "records" / "log", tmp_path / "keep.yaml"
+    policy.write_text(of_files(f"{workspace}/**", "/home/agent/*"))
+    options = ("--on", layer["id"], "--log", str(place), "--policy", str(policy), "--")
+    done = cli.run(*options, "sh", "-c", "echo 2 >>both; echo 2 >second; cat ~/home")
+    assert (done.returncode, done.stdout) == (0, b"1\n"), done
+    assert kept_files(place) == [(f"{workspace}/both", b"1\n2\n"), (f"{workspace}/second", b"2\n")]
+
+
 def test_no_file_is_kept_where_only_globs_or_only_a_time_are_given(
     cli: CommandLine, tmp_path: Path, workspace: Path
 ) -> None:
     place, policy = tmp_path / "records" / "log", tmp_path / "keep.yaml"
-    for text in ("{keep: {file: 30d}}", f"{{keep: {{diff: 1d}}, files: ['{workspace}/none']}}"):
+    for text in ("{keep: {file: 30d}}", f"{{keep: {{diff: 1d}}, files: ['{workspace}/**']}}"):
         policy.write_text(f"log: {text}\n")
         options = ("--log", str(place), "--policy", str(policy), "--")
         assert cli.run(*options, "sh", "-c", "echo x >new").returncode == 0
