@@ -37,8 +37,8 @@ SOURCES := pyproject.toml meson.build LICENSE README.md $(shell find src -name _
 LINTED := $(wildcard src tests benchmarks examples)
 TESTS := $(wildcard tests/unit tests/contain tests/e2e)
 # What uses the one little internet that this machine can have. As root it runs after the same as an ordinary user, and
-# all else that runs as root is beside both: of two processors neither is idle.
-ONLINE := $(shell grep -lw 'internet: Internet' $(wildcard tests/contain/test_*.py) /dev/null) $(wildcard tests/e2e)
+# all else that runs as root is beside both: of two processors neither is idle. The demo has a time to keep.
+ONLINE := $(shell grep -lw 'internet: Internet' $(wildcard tests/contain/test_*.py) /dev/null) $(wildcard tests/e2e/test_demo.py)
 # Beside what needs real sandboxes.
 AS_USER := $(wildcard tests/e2e/test_agents.py)
 BENCHMARKS := $(wildcard benchmarks/[!_]*.py)
@@ -78,13 +78,13 @@ test: test-packages build/installed.stamp build/demo.stamp build/agents.stamp bu
 	status=0; set -m; \
 	{ beside=0; $(MAKE) lint sanitize || beside=1; \
 	  echo '== what needs no sandbox'; $(BIN)/python -m pytest $(PYTEST_ARGS) tests/unit || beside=1; \
-	  echo '== real sandboxes as root'; \
-	  $(BIN)/python -m pytest $(PYTEST_ARGS) tests/contain $(ONLINE:%=--ignore=%) || beside=1; \
+	  echo '== real sandboxes and agents as root'; \
+	  $(BIN)/python -m pytest $(PYTEST_ARGS) $(ONLINE:%=--ignore=%) tests/contain $(wildcard tests/e2e) || beside=1; \
 	  exit $$beside; } >build/beside.log 2>&1 </dev/null & beside=$$!; set +m; \
 	trap 'kill -- -$$beside 2>/dev/null || true' EXIT; \
 	echo '== real sandboxes as an ordinary user'; \
 	tests/as_user.sh $(TEST_USER) $(PYTEST_ARGS) tests/contain $(AS_USER) || status=1; \
-	echo '== the gateway as root, and real agents'; \
+	echo '== the gateway as root, and the demo'; \
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(ONLINE) || status=1; \
 	wait $$beside || status=1; trap - EXIT; \
 	cat build/beside.log; \
