@@ -321,3 +321,22 @@ def test_garbage_never_raises_and_ends(data: bytes, cuts: list[int]) -> None:
         assert not faults and client.room.take(1 << 20)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_an_answer_in_pieces_is_framed_as_its_client_knows_it(version: str) -> None:
+    async def pieces(request: Request, answer: Answering) -> None:
+        await answer.start(200, [])
+        for piece in (b"one", b"", b"two"):
+            await answer.send(piece)
+        await answer.finish()
+
+    client = await connect(pieces)
+    await client.send(b"GET / HTTP/%s\r\nHost: %s\r\nConnection: close\r\n\r\n" % (version.encode(), HOST))
+    got = await client.all()
+    head, _, body = got.partition(b"\r\n\r\n")
+    if version == "1.0":
+        assert b"transfer-encoding" not in head.lower() and body == b"onetwo"
+    else:
+        assert body == b"3\r\none\r\n3\r\ntwo\r\n0\r\n\r\n", "an empty piece is not the end"
+    client.sock.close()
