@@ -12,7 +12,7 @@ import pytest
 
 from corral.actions import Action, Attempt, Decision, Ending, Endpoint, Kind, Origin, Transport, Used, Verdict
 from corral.brokers import service as serving
-from corral.brokers.http import ERRORS, Answering, Request
+from corral.brokers.http import ERRORS, Answering, Gone, Request
 from corral.brokers.service import Brokers, Service
 from corral.brokers.setting import Setting
 from corral.policy.doors import PORT, Broker
@@ -157,6 +157,25 @@ def test_calls_that_come_to_nothing_are_paced_together(
     assert (rig.brokers.room.delay() > 0) is counts and other.brokers.room.delay() == 0
     service.detach(rig.brokers)
     service.detach(other.brokers)
+
+
+def test_nothing_is_asked_for_a_sandbox_that_has_ended(service: Service) -> None:
+    rig = Rig(service)
+    door = rig.brokers.doors[Broker.MODEL]
+    request = Request("GET", "/late", "", (), b"", ORIGIN)  # of a connection that was about to be served at the end
+
+    def ask() -> None:
+        late = asyncio.run_coroutine_threadsafe(door._handle(request, None), service.loop)  # type: ignore[arg-type]
+        with pytest.raises(Gone):
+            late.result(10)
+
+    rig.until(lambda: door._handler)
+    rig.brokers.is_closed = True
+    ask()
+    rig.brokers.is_closed = False
+    service.detach(rig.brokers)
+    ask()
+    assert not rig.handler.seen
 
 
 def test_a_broker_that_cannot_be_opened_ends_its_sandbox_only(service: Service) -> None:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from corral.actions import Attempt, Ending, Origin, Used
-from corral.brokers.http import Connection, Room, serve
+from corral.brokers.http import Answering, Connection, Gone, Request, Room, serve
 from corral.brokers.setting import Handler, Opening, Setting
 from corral.errors import CorralError
 from corral.policy.doors import Broker
@@ -89,7 +89,7 @@ class Door:
 
         def make() -> Connection:
             connection = Connection(
-                self._broker.host, origin, handler.handle, handler.max_body, self._brokers.room, ended
+                self._broker.host, origin, self._handle, handler.max_body, self._brokers.room, ended
             )
             taken.connection = connection
             self.connections.add(connection)
@@ -106,6 +106,12 @@ class Door:
         except OSError:
             if taken.connection is None:
                 ended("closed")
+
+    async def _handle(self, request: Request, answer: Answering) -> None:
+        """Nothing is asked for a sandbox that has ended, also on a connection that was about to be served then."""
+        if self._handler is None or self._brokers.is_closed:
+            raise Gone
+        await self._handler.handle(request, answer)
 
     async def close(self) -> None:
         tasks = [task for each in self.connections if (task := each.task) is not None]
